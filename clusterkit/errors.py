@@ -48,9 +48,7 @@ class UsageError(ClusterkitError):
 class RunFailed(ClusterkitError):
     """A playbook run failed; the first failure, and where the whole log lies."""
 
-    def __init__(
-        self, *, host: str, role: str, task: str, message: str, log: str, hint: str | None = None
-    ) -> None:
+    def __init__(self, *, host: str, role: str, task: str, message: str, log: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.host = host
         self.role = role

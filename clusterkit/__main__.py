@@ -1,0 +1,4 @@
+from clusterkit.cli.main import main
+
+if __name__ == "__main__":
+    main()

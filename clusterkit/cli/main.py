@@ -1,0 +1,321 @@
+"""`clusterkit`, or `python -m clusterkit`: the only place that catches errors and exits."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import click
+import typer
+import yaml
+from rich.markup import escape
+from rich.table import Table
+
+from clusterkit import operations, workspace
+from clusterkit.cli import lab, output
+from clusterkit.errors import ClusterkitError, SpecError, UsageError
+from clusterkit.runner import Options
+from clusterkit.spec.stacks import table as stack_table
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
+
+app = typer.Typer(
+    name="clusterkit",
+    help="From racked GPU servers to an autoscaling, OpenAI-compatible inference service.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+render = typer.Typer(help="Show what would be applied.", no_args_is_help=True)
+app.add_typer(render, name="render")
+app.add_typer(lab.app, name="lab")
+
+Inventory = Annotated[
+    str | None, typer.Option("-i", "--inventory", help="The inventory; default inventory/local of the checkout.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Data on stdout, as JSON.")]
+ExtraVars = Annotated[list[str] | None, typer.Option("-e", "--extra-vars", help="As in ansible-playbook.")]
+AskBecome = Annotated[bool, typer.Option("-K", "--ask-become-pass", help="Ask for the sudo password.")]
+AskVault = Annotated[bool, typer.Option("--ask-vault-pass", help="Ask for the vault password.")]
+VaultId = Annotated[list[str] | None, typer.Option("--vault-id", help="As in ansible-playbook.")]
+Limit = Annotated[str | None, typer.Option("--limit", help="Only these hosts.")]
+Tags = Annotated[str | None, typer.Option("--tags", help="Only these roles, such as ray_node.")]
+Forks = Annotated[int | None, typer.Option("--forks", min=1, help="Hosts at the same time.")]
+Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="More in the log.")]
+
+
+def _options(
+    *,
+    extra_vars: list[str] | None = None,
+    ask_become: bool = False,
+    ask_vault: bool = False,
+    vault_id: list[str] | None = None,
+    **rest: Any,
+) -> Options:
+    return Options(
+        extra_vars=tuple(extra_vars or ()),
+        vault_ids=tuple(vault_id or ()),
+        become_password=getpass.getpass("sudo password: ") if ask_become else None,
+        vault_password=getpass.getpass("vault password: ") if ask_vault else None,
+        **rest,
+    )
+
+
+@app.command()
+def validate(
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """Check the inventory: every mistake at once, with its place and its fix. Touches no host."""
+    options = _options(extra_vars=extra_vars, ask_vault=ask_vault, vault_id=vault_id)
+    try:
+        cluster = operations.validate(workspace.inventory(inventory), options)
+    except SpecError as error:
+        if as_json:
+            output.data({"valid": False, "findings": [finding.as_dict() for finding in error.findings]})
+            raise typer.Exit(error.exit_code) from None
+        raise
+    if as_json:
+        output.data({"valid": True, "findings": [], "cluster": cluster})
+        return
+    pools = ", ".join(f"{name} ({len(pool['hosts'])} hosts)" for name, pool in cluster["pools"].items())
+    output.err.print(
+        f"valid: cluster {cluster['name']}, stack {cluster['stack']['name']}, head {cluster['head']['host']}, "
+        f"pools {pools}, {len(cluster['apps'])} app(s)"
+    )
+
+
+@app.command(context_settings=PASS_ON)
+def deploy(
+    context: typer.Context,
+    inventory: Inventory = None,
+    as_json: Json = False,
+    limit: Limit = None,
+    tags: Tags = None,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show what changes in files.")] = False,
+    forks: Forks = None,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Bring the hosts to what the inventory says. The same command again converges.
+
+    What stands after `--` goes to ansible-playbook.
+    """
+    options = _options(
+        extra_vars=extra_vars,
+        ask_become=ask_become,
+        ask_vault=ask_vault,
+        vault_id=vault_id,
+        limit=limit,
+        tags=tags,
+        check=check,
+        diff=diff,
+        forks=forks,
+        verbosity=verbose,
+        rest=tuple(context.args),
+    )
+    with output.Progress(quiet=as_json) as show:
+        done = operations.deploy(workspace.inventory(inventory), options, on_event=show)
+    hosts = {host: asdict(count) for host, count in done.result.hosts.items()}
+    if as_json:
+        output.data(
+            {
+                "base_url": done.base_url,
+                "model": done.model,
+                "answer": done.answer,
+                "hosts": hosts,
+                "log": str(done.result.log),
+            }
+        )
+        return
+    output.summary(done.result)
+    if done.base_url and done.model:
+        body = {"model": done.model, "messages": [{"role": "user", "content": "Say something."}], "max_tokens": 16}
+        output.out.print(f"\nbase URL: {done.base_url}")
+        output.out.print(
+            f"curl {done.base_url}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
+            markup=False,
+        )
+        output.out.print(f"it answered: {done.answer!r}", markup=False)
+
+
+@app.command()
+def plan(
+    inventory: Inventory = None,
+    as_json: Json = False,
+    limit: Limit = None,
+    tags: Tags = None,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """What `deploy` would change, per host and role. Touches nothing."""
+    options = _options(
+        extra_vars=extra_vars,
+        ask_become=ask_become,
+        ask_vault=ask_vault,
+        vault_id=vault_id,
+        limit=limit,
+        tags=tags,
+    )
+    with output.Progress(quiet=True) as show:
+        steps = operations.plan(workspace.inventory(inventory), options, on_event=show)
+    if as_json:
+        output.data([asdict(step) for step in steps])
+        return
+    if not steps:
+        output.out.print("nothing would change")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("host", "role", "would change"):
+        table.add_column(name)
+    for step in steps:
+        table.add_row(step.host, step.role, escape(step.task))
+    output.out.print(table)
+
+
+@app.command()
+def status(
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """What runs: nodes, apps with state and replicas, and every host's agent."""
+    options = _options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
+    with output.Progress(quiet=True) as show:
+        seen = operations.status(workspace.inventory(inventory), options, on_event=show)
+    if as_json:
+        output.data(seen.as_dict())
+        return
+    nodes = Table("host", "agent", "Ray", "address", "GPU", "CPU", box=None, pad_edge=False)
+    by_host = {node["host"]: node for node in seen.nodes}
+    for host in seen.hosts:
+        node = by_host.get(host["host"], {})
+        resources = node.get("resources", {})
+        nodes.add_row(
+            host["host"],
+            host["state"],
+            "alive" if node.get("alive") else "-",
+            node.get("node_ip", "-"),
+            f"{resources.get('GPU', 0):g}",
+            f"{resources.get('CPU', 0):g}",
+        )
+    output.out.print(nodes)
+    apps = Table("app", "state", "replicas", "base URL", box=None, pad_edge=False)
+    for item in seen.apps:
+        running = sum(1 for replica in item["replicas"] if replica["state"] == "RUNNING")
+        apps.add_row(item["name"], item["state"], f"{running}/{len(item['replicas'])}", item["base_url"])
+    output.out.print(apps)
+
+
+@app.command()
+def verify(
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """Ask every replica for real tokens, streaming and not. Exit 1 where a check failed."""
+    options = _options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
+    with output.Progress(quiet=True) as show:
+        found = operations.verify(workspace.inventory(inventory), options, on_event=show)
+    if as_json:
+        output.data({"ok": all(check.ok for check in found), "checks": [asdict(check) for check in found]})
+    else:
+        output.checks(found)
+    if not found or not all(check.ok for check in found):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=PASS_ON)
+def remove(
+    context: typer.Context,
+    inventory: Inventory = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    limit: Limit = None,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """Take away what the kit made, stray Ray processes included. Packages stay."""
+    where = workspace.inventory(inventory)
+    if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take the cluster of {where} away?", err=True)):
+        raise UsageError("nothing was removed", hint="say --yes to remove without being asked")
+    options = _options(
+        extra_vars=extra_vars,
+        ask_become=ask_become,
+        ask_vault=ask_vault,
+        vault_id=vault_id,
+        limit=limit,
+        rest=tuple(context.args),
+    )
+    with output.Progress() as show:
+        result = operations.remove(where, options, on_event=show)
+    output.summary(result)
+
+
+@app.command()
+def stacks(as_json: Json = False) -> None:
+    """The version table: which Ray, vLLM and driver go together."""
+    if as_json:
+        output.data(stack_table().model_dump(mode="json"))
+        return
+    table = Table("stack", "accelerator", "Ray", "vLLM", "ROCm", "driver", "venv", box=None, pad_edge=False)
+    for row in stack_table().rows:
+        driver = f"{row.driver.name} {row.driver.version or '(pin it)'}" if row.driver else "-"
+        venv = (row.engine.note or "yes") if row.engine else "no"
+        table.add_row(row.name, row.accelerator, f"{row.ray}[{row.ray_extra}]", row.vllm, row.rocm or "-", driver, venv)
+    output.out.print(table)
+
+
+@render.command("serve")
+def render_serve(
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """The whole Serve config, as `deploy` would apply it."""
+    options = _options(extra_vars=extra_vars, ask_vault=ask_vault, vault_id=vault_id)
+    config = operations.serve_config(workspace.inventory(inventory), options)
+    if as_json:
+        output.data(config)
+    else:
+        sys.stdout.write(yaml.safe_dump(config, sort_keys=False))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 a run or a check failed, 2 the request was wrong."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except ClusterkitError as error:
+        output.failure(error)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        output.err.print("stopped; the same command again goes on from here")
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        output.err.print("stopped; the same command again goes on from here")
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,104 @@
+"""What the command line says: progress and talk on stderr, data on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status as Spinner
+from rich.table import Table
+
+from clusterkit.errors import ClusterkitError, RunFailed, SpecError
+from clusterkit.operations import Check
+from clusterkit.runner import Event, Result
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+def data(value: Any) -> None:
+    """JSON on stdout, for another program."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+class Progress:
+    """Play, role, task, host and time as they happen; one line per play where nobody watches."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = err.is_terminal and not quiet
+        self.started = time.monotonic()
+        self.spinner: Spinner | None = None
+
+    def __enter__(self) -> Callable[[Event], None]:
+        if self.live:
+            self.spinner = err.status("starting")
+            self.spinner.start()
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        if self.spinner is not None:
+            self.spinner.stop()
+
+    def show(self, event: Event) -> None:
+        elapsed = f"{time.monotonic() - self.started:5.0f} s"
+        if event.kind == "play" and not self.quiet:
+            err.print(f"[dim]{elapsed}[/]  {escape(event.play)}")
+        elif event.kind == "task" and self.spinner is not None:
+            where = f"{event.role}: " if event.role else ""
+            self.spinner.update(f"{escape(where)}{escape(event.task)}")
+        elif event.kind == "changed" and self.live:
+            where = f"{event.role}: " if event.role else ""
+            err.print(
+                f"[dim]{elapsed}[/]    [yellow]changed[/] {event.host}  {escape(where + event.task)}"
+                f" [dim]({event.duration_s:.1f} s)[/]"
+            )
+        elif event.kind in {"failed", "unreachable"} and not event.ignored and not self.quiet:
+            where = f"{event.role}: " if event.role else ""
+            err.print(f"[dim]{elapsed}[/]    [red]{event.kind}[/] {event.host}  {escape(where + event.task)}")
+
+
+def summary(result: Result) -> None:
+    """One line per host, as Ansible counts."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("host", "ok", "changed", "failed", "unreachable"):
+        table.add_column(name, justify="left" if name == "host" else "right")
+    for host, count in result.hosts.items():
+        table.add_row(host, str(count.ok), str(count.changed), str(count.failed), str(count.unreachable))
+    err.print(table)
+
+
+def failure(error: ClusterkitError) -> None:
+    """Host, role, task, message, hint and log; never a traceback."""
+    if isinstance(error, SpecError):
+        for finding in error.findings:
+            hosts = (
+                f" [{', '.join(finding.hosts[:3])}{' …' if len(finding.hosts) > 3 else ''}]" if finding.hosts else ""
+            )
+            err.print(f"[red]{escape(str(finding.place))}[/]{escape(hosts)} [bold]{escape(finding.subject)}[/]")
+            err.print(f"    {escape(finding.problem)}")
+            err.print(f"    [green]fix:[/] {escape(finding.fix)}")
+        err.print(f"[red]error:[/] {escape(error.message)}; nothing was touched")
+        return
+    if isinstance(error, RunFailed) and error.host:
+        err.print(f"[red]failed:[/] host {error.host}, role {error.role or '-'}, task {escape(error.task)}")
+    err.print(f"[red]error:[/] {escape(error.message)}")
+    if error.hint:
+        err.print(f"\n[green]hint:[/] {escape(error.hint)}")
+    if isinstance(error, RunFailed):
+        err.print(f"[dim]log: {error.log}[/]")
+
+
+def checks(found: Sequence[Check]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "check", "seconds", "detail"):
+        table.add_column(name)
+    for check in found:
+        mark = "[green]ok[/]" if check.ok else "[red]failed[/]"
+        table.add_row(mark, escape(check.name), f"{check.seconds:.1f}", escape(check.detail[:160]))
+    out.print(table)

@@ -1,0 +1,453 @@
+"""Checks that need more than one value: groups, pools, capacity, routes, removed names."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from clusterkit.spec.facts import AppFacts, ClusterFacts
+from clusterkit.spec.findings import Finding, Place, did_you_mean
+from clusterkit.spec.raw import Path, RawInventory, RawValue
+from clusterkit.spec.stacks import Stack, table
+
+if TYPE_CHECKING:
+    from clusterkit.spec.cluster import App, Host, Pool
+
+# Serve took these names away; it ignores or refuses them, depending on where they stand.
+REMOVED_SERVE_OPTIONS = {
+    "target_num_ongoing_requests_per_replica": "target_ongoing_requests",
+    "max_concurrent_queries": "max_ongoing_requests",
+}
+
+TOLERANCE = 1e-9
+
+
+def empty_inventory(raw: RawInventory) -> list[Finding]:
+    """Why there is no host: the source is missing, does not parse, or holds none."""
+    findings = []
+    for source in raw.sources:
+        path = FilePath(source)
+        if not path.exists():
+            findings.append(
+                Finding(
+                    Place(source), "inventory", "no such file or folder", "name one with -i, such as inventory/local"
+                )
+            )
+        else:
+            findings += _unparsable(path)
+    if not findings:
+        place = Place(raw.sources[0]) if raw.sources else Place()
+        findings.append(
+            Finding(
+                place, "inventory", "no host in it", "add hosts to ray_head and ray_workers, or name another with -i"
+            )
+        )
+    return findings
+
+
+def _unparsable(source: FilePath) -> list[Finding]:
+    files = [source] if source.is_file() else sorted(source.glob("*.y*ml"))
+    findings = []
+    for file in files:
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            findings.append(Finding(Place(str(file)), "inventory", "is not text in UTF-8", "rewrite the file"))
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 0
+            findings.append(
+                Finding(Place(str(file), line), "inventory", f"does not parse: {error.problem}", "mend the YAML there")
+            )
+        except yaml.YAMLError:
+            continue  # tags of Ansible's own, such as !vault
+        else:
+            if data is not None and not isinstance(data, dict):
+                findings.append(
+                    Finding(Place(str(file)), "inventory", "is no YAML inventory", "start with `all:` and its children")
+                )
+    return findings
+
+
+def groups(raw: RawInventory) -> list[Finding]:
+    """One head; every worker in exactly one pool."""
+    findings = []
+    heads = raw.group("ray_head")
+    if not heads:
+        findings.append(
+            Finding(raw.place_of("ray_head"), "ray_head", "no head", "put exactly one host into the group ray_head")
+        )
+    elif len(heads) > 1:
+        findings.append(
+            Finding(
+                raw.place_of("ray_head"),
+                "ray_head",
+                f"{len(heads)} heads: {', '.join(heads)}",
+                "leave one host in the group; Ray has one head",
+                heads,
+            )
+        )
+    if not raw.group("ray_workers"):
+        findings.append(
+            Finding(
+                raw.place_of("ray_workers"),
+                "ray_workers",
+                "no worker",
+                "make a pool: a child group of ray_workers with at least one host",
+            )
+        )
+    pools = raw.children.get("ray_workers", ())
+    pooled = Counter(host for pool in pools for host in raw.group(pool))
+    for host, count in pooled.items():
+        if count > 1:
+            among = ", ".join(pool for pool in pools if host in raw.group(pool))
+            findings.append(
+                Finding(raw.place_of(host), host, f"is in {count} pools: {among}", "leave it in one", (host,))
+            )
+    for host in raw.group("ray_workers"):
+        if host not in pooled:
+            findings.append(
+                Finding(
+                    raw.place_of(host),
+                    host,
+                    "is in ray_workers, but in no pool",
+                    "put it into a child group of ray_workers",
+                    (host,),
+                )
+            )
+    return findings
+
+
+def unresolved(raw: RawInventory) -> list[Finding]:
+    """Values that Ansible could not give: undefined, or not to be decrypted."""
+    findings = []
+    for host, variables in raw.hosts.items():
+        for name, value in variables.items():
+            if value.error is None:
+                continue
+            if value.secret:
+                problem = "cannot be decrypted"
+                fix = "give the vault password with --ask-vault-pass or --vault-id, or encrypt the value anew"
+            else:
+                problem = f"has no value: {value.error}"
+                fix = "define what it refers to, or set it directly"
+            findings.append(Finding(value.place(), name, problem, fix, (host,)))
+    return findings
+
+
+def role_variables(raw: RawInventory) -> list[Finding]:
+    """`<role>_*` names and types against the roles' argument_specs."""
+    known = sorted(name for options in raw.role_options.values() for name in options)
+    findings = []
+    for host, variables in raw.hosts.items():
+        for name, value in variables.items():
+            if name.startswith("clusterkit_") or name in known:
+                continue
+            owner = next((role for role in raw.role_options if name.startswith(f"{role}_")), None)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if owner is None and not near:
+                continue
+            fix = did_you_mean(name, known) or f"the options of the role stand in roles/{owner}/README.md"
+            findings.append(Finding(value.place(), name, "no such role variable", fix, (host,)))
+        for role, options in raw.role_options.items():
+            for name, option in options.items():
+                value_or_none = variables.get(name)
+                if value_or_none is None or value_or_none.error is not None:
+                    continue
+                problem = _role_type_problem(value_or_none.value, option)
+                if problem:
+                    findings.append(
+                        Finding(
+                            value_or_none.place(),
+                            name,
+                            problem,
+                            f"see roles/{role}/README.md",
+                            (host,),
+                        )
+                    )
+    return findings
+
+
+_ROLE_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "path": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "list": (list,),
+    "dict": (dict,),
+}
+
+
+def _role_type_problem(value: Any, option: Mapping[str, Any]) -> str | None:
+    if value is None:
+        return None
+    wanted = str(option.get("type", "str"))
+    types = _ROLE_TYPES.get(wanted)
+    wrong_bool = isinstance(value, bool) and wanted in {"int", "float"}
+    if types is not None and (not isinstance(value, types) or wrong_bool):
+        return f"must be of type {wanted}"
+    choices = option.get("choices")
+    if choices and value not in choices:
+        return f"must be one of {', '.join(str(choice) for choice in choices)}"
+    return None
+
+
+def pool(pool: Pool, values: Mapping[str, RawValue], raw: RawInventory) -> list[Finding]:
+    """The numbers of one pool against its hosts."""
+    findings = []
+    scaling = pool.facts.pool
+    place = values.get("pool", RawValue()).place
+    home = raw.place_of(pool.name)
+    if scaling.max is not None and scaling.max > len(pool.hosts):
+        findings.append(
+            Finding(
+                place(("max",)),
+                "clusterkit_pool.max",
+                f"is {scaling.max}, and the pool {pool.name} has {len(pool.hosts)} hosts",
+                f"lower it to {len(pool.hosts)}, or add hosts",
+                pool.hosts,
+            )
+        )
+    if scaling.min > pool.max:
+        findings.append(
+            Finding(
+                place(("min",)),
+                "clusterkit_pool.min",
+                f"is {scaling.min}, above max ({pool.max})",
+                "lower min or raise max",
+                pool.hosts,
+            )
+        )
+    if scaling.mode == "autoscaled":
+        findings.append(
+            Finding(
+                place(("mode",)),
+                "clusterkit_pool.mode",
+                "this release runs fixed pools only",
+                "set mode: fixed",
+                pool.hosts,
+            )
+        )
+    if pool.facts.accelerator != "cpu" and pool.facts.gpus == 0:
+        findings.append(
+            Finding(
+                values["gpus"].place() if "gpus" in values else home,
+                "clusterkit_gpus",
+                f"a {pool.facts.accelerator} pool without GPUs",
+                "set clusterkit_gpus to the GPUs of each host",
+                pool.hosts,
+            )
+        )
+    if pool.facts.accelerator == "cpu" and pool.facts.gpus:
+        findings.append(
+            Finding(
+                values["gpus"].place(),
+                "clusterkit_gpus",
+                "a cpu pool has no GPUs",
+                "remove it, or set clusterkit_accelerator to rocm or cuda",
+                pool.hosts,
+            )
+        )
+    return findings
+
+
+def addresses(hosts: Mapping[str, Host], raw: RawInventory) -> list[Finding]:
+    """Two hosts on one address: Ray would take them for one."""
+    seen: dict[str, str] = {}
+    findings = []
+    for host in hosts.values():
+        other = seen.setdefault(host.node_ip, host.name)
+        if other != host.name:
+            findings.append(
+                Finding(
+                    raw.place_of(host.name),
+                    "clusterkit_node_ip",
+                    f"{host.node_ip} is the address of {other} too",
+                    "give each host its own",
+                    (host.name,),
+                )
+            )
+    return findings
+
+
+def stack_fits_pools(row: Stack, pools: Mapping[str, Pool], place: Place) -> list[Finding]:
+    findings = []
+    for item in pools.values():
+        if item.facts.accelerator != row.accelerator:
+            rows = [other.name for other in table().rows if other.accelerator == item.facts.accelerator]
+            findings.append(
+                Finding(
+                    place,
+                    "clusterkit_stack",
+                    f"{row.name!r} is made for {row.accelerator}, and the pool {item.name} is {item.facts.accelerator}",
+                    f"use {' or '.join(rows)}",
+                    item.hosts,
+                )
+            )
+    return findings
+
+
+def ports(facts: ClusterFacts, value: RawValue | None) -> list[Finding]:
+    """Two services on one port, or one inside the workers' range: Ray refuses to start."""
+    known = facts.ports.model_dump()
+    place = (value or RawValue()).place
+    low, high = known.pop("worker_min"), known.pop("worker_max")
+    findings = []
+    if high - low < 100:
+        findings.append(
+            Finding(
+                place(("worker_max",)), "clusterkit_ports.worker_max", "leaves fewer than 100 worker ports", "raise it"
+            )
+        )
+    taken: dict[int, str] = {}
+    for name, port in known.items():
+        other = taken.setdefault(port, name)
+        if other != name:
+            findings.append(
+                Finding(place((name,)), f"clusterkit_ports.{name}", f"{port} is {other}'s port too", "choose another")
+            )
+        if low <= port <= high:
+            findings.append(
+                Finding(
+                    place((name,)),
+                    f"clusterkit_ports.{name}",
+                    f"{port} lies in the workers' range {low}-{high}",
+                    "choose one outside, or move worker_min and worker_max",
+                )
+            )
+    return findings
+
+
+def is_removed_option(loc: Sequence[str | int]) -> bool:
+    return any(part in REMOVED_SERVE_OPTIONS for part in loc)
+
+
+def removed_serve_options(apps: RawValue) -> list[Finding]:
+    """Names that Serve took away, wherever they stand in an app."""
+    findings = []
+    for path in _keys(apps.value):
+        name = path[-1]
+        if name in REMOVED_SERVE_OPTIONS:
+            findings.append(
+                Finding(
+                    apps.place(path),
+                    f"clusterkit_apps[{path[0]}] {name}",
+                    "Ray Serve has removed this option",
+                    f"write {REMOVED_SERVE_OPTIONS[str(name)]} instead",
+                )
+            )
+    return findings
+
+
+def _keys(value: Any, path: Path = ()) -> Iterator[Path]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*path, key)
+            yield from _keys(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _keys(inner, (*path, index))
+
+
+def unique_apps(apps: Sequence[tuple[int, AppFacts]], value: RawValue) -> list[Finding]:
+    """Serve refuses two apps of one name or on one route."""
+    findings = []
+    names: dict[str, int] = {}
+    routes: dict[str, str] = {}
+    for index, app in apps:
+        first = names.setdefault(app.name, index)
+        if first != index:
+            findings.append(
+                Finding(
+                    value.place((index, "name")),
+                    f"clusterkit_apps[{index}].name",
+                    f"{app.name!r} is the name of clusterkit_apps[{first}] too",
+                    "give each app its own name",
+                )
+            )
+        other = routes.setdefault(app.route_prefix, app.name)
+        if other != app.name or first != index:
+            findings.append(
+                Finding(
+                    value.place((index, "route_prefix")),
+                    f"clusterkit_apps[{index}].route_prefix",
+                    f"{app.route_prefix!r} is the route of {other!r} too",
+                    f"give each app its own, such as /{app.name}",
+                )
+            )
+    return findings
+
+
+def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: RawValue) -> list[Finding]:
+    """Does each app fit a host and its pool, and do the GPUs' memory shares add up?"""
+    findings: list[Finding] = []
+    minimum: Counter[str] = Counter()
+    for index, app in apps:
+        home = pools[app.pool]
+        if home.facts.accelerator == "cpu":
+            continue
+        demand = app.template.demand(app.parameters)
+        place = value.place((index, "parameters"))
+        subject = f"clusterkit_apps[{index}] {app.name}"
+        total = home.facts.gpus * home.max
+        if demand.gpus_per_host > home.facts.gpus:
+            findings.append(
+                Finding(
+                    place,
+                    subject,
+                    f"one replica needs {demand.gpus_per_host:g} GPUs on one host, "
+                    f"and a host of {home.name} has {home.facts.gpus}",
+                    "lower tensor_parallel, or choose a pool with larger hosts",
+                )
+            )
+        elif demand.gpus * demand.max_replicas > total:
+            findings.append(
+                Finding(
+                    place,
+                    subject,
+                    f"at max_replicas it needs {demand.gpus * demand.max_replicas:g} GPUs, "
+                    f"and the pool {home.name} has {total}",
+                    f"lower max_replicas to {int(total // demand.gpus)}, or add hosts",
+                )
+            )
+        else:
+            minimum[app.pool] += demand.gpus * demand.min_replicas  # type: ignore[assignment]
+        if demand.memory_fraction is not None and demand.gpus < 1:
+            findings += _memory_budget(demand.gpus, demand.memory_fraction, place, subject)
+        elif demand.memory_fraction is not None and demand.memory_fraction > 1:
+            findings.append(
+                Finding(place, subject, "asks for more than the whole memory of a GPU", "lower gpu_memory_utilization")
+            )
+    for name, needed in minimum.items():
+        total = pools[name].facts.gpus * pools[name].max
+        if needed > total + TOLERANCE:
+            findings.append(
+                Finding(
+                    value.place(),
+                    "clusterkit_apps",
+                    f"together the apps of {name} need {needed:g} GPUs at min_replicas, and it has {total}",
+                    "lower min_replicas, or add hosts",
+                )
+            )
+    return findings
+
+
+def _memory_budget(share: float, memory: float, place: Place, subject: str) -> list[Finding]:
+    """Ray packs replicas by their share of a GPU; their memory must add up to no more than the card has."""
+    if memory <= share + TOLERANCE:
+        return []
+    together = int((1 + TOLERANCE) // share)
+    return [
+        Finding(
+            place,
+            subject,
+            f"{together} replicas share one GPU by gpu_fraction {share:g}, and together ask for "
+            f"{together * memory:g} of its memory",
+            f"lower gpu_memory_utilization to at most {share:g}, or raise gpu_fraction",
+        )
+    ]

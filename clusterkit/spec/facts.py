@@ -1,0 +1,181 @@
+"""The typed facts of a cluster: `clusterkit_*` in an inventory. Defaults live here and nowhere else.
+
+Three scopes, three models: `ClusterFacts` (group_vars/all), `PoolFacts` (a child group of
+`ray_workers`), `HostFacts` (one host). Units stand in the names: `_s` seconds, `_gib` GiB, `_mib` MiB.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+
+Accelerator = Literal["rocm", "cuda", "cpu"]
+
+# Unix sockets end at 107 bytes and Ray appends about 65 (`/session_<time>/sockets/plasma_store`).
+RAY_TEMP_LIMIT = 40
+
+Port = Annotated[StrictInt, Field(ge=1, le=65535)]
+Number = StrictInt | StrictFloat
+
+
+class Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _absolute(value: str) -> str:
+    if not value.startswith("/"):
+        raise ValueError("must be an absolute path")
+    return value
+
+
+def _short(value: str) -> str:
+    if len(value) > RAY_TEMP_LIMIT:
+        raise ValueError(f"is {len(value)} characters long; Ray's Unix sockets leave room for {RAY_TEMP_LIMIT}")
+    return value
+
+
+def _ip(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("must be an IP address") from None
+
+
+AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+IpAddress = Annotated[str, AfterValidator(_ip)]
+
+
+class Ports(Facts):
+    """TCP ports on every host. Ray refuses a port inside the workers' range."""
+
+    gcs: Port = 6379
+    dashboard: Port = 8265
+    client: Port = 10001
+    serve: Port = 8000
+    metrics: Port = 8090
+    agent_http: Port = 52365
+    agent_grpc: Port = 52366
+    node_manager: Port = 52367
+    object_manager: Port = 52368
+    runtime_env_agent: Port = 52369
+    worker_min: Port = 10002
+    worker_max: Port = 19999
+
+
+class Paths(Facts):
+    """Where things lie on every host."""
+
+    root: AbsolutePath = Field("/opt/clusterkit", description="programs: the Ray environment, the launcher")
+    config: AbsolutePath = Field("/etc/clusterkit", description="what the kit renders")
+    state: AbsolutePath = Field("/var/lib/clusterkit", description="the host's record, instance id, generation")
+    log: AbsolutePath = Field("/var/log/clusterkit", description="logs of launcher and agent")
+    models: AbsolutePath = Field("/var/lib/clusterkit/models", description="weights made or fetched by the kit")
+    ray_temp: Annotated[AbsolutePath, AfterValidator(_short)] = Field(
+        "/var/lib/clusterkit/ray", description="Ray's session folder: logs, sockets, spilled objects"
+    )
+
+
+class Proxy(Facts):
+    """Outgoing proxies, for every step that leaves a host."""
+
+    http: str | None = None
+    https: str | None = None
+    no_proxy: list[str] = []
+
+
+class Mirrors(Facts):
+    """On-prem mirrors; empty means the public original."""
+
+    pypi: str | None = Field(None, description="index URL for pip")
+
+
+class ServeFacts(Facts):
+    """Cluster-wide options of Ray Serve."""
+
+    http_host: str = "0.0.0.0"
+    proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"
+    request_timeout_s: Number | None = None
+    keep_alive_timeout_s: StrictInt = 5
+    ready_timeout_s: StrictInt = Field(900, gt=0, description="how long an app may take to become RUNNING")
+
+
+class LogRotation(Facts):
+    max_mib: StrictInt = Field(100, gt=0)
+    keep: StrictInt = Field(5, ge=1)
+
+
+class PoolScaling(Facts):
+    """How many hosts of a pool run Ray. A fixed pool runs all of them."""
+
+    mode: Literal["fixed", "autoscaled"] = "fixed"
+    min: StrictInt = Field(0, ge=0)
+    max: StrictInt | None = Field(None, ge=0, description="at most the number of hosts in the pool; default all")
+
+
+class AppFacts(Facts):
+    """One entry of `clusterkit_apps`; `parameters` are typed by the template."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    template: str
+    route_prefix: Annotated[str, Field(pattern=r"^/[A-Za-z0-9/_.-]*$")] = "/"
+    pool: str | None = Field(None, description="the pool it runs in; needed when there are several")
+    parameters: dict[str, Any] = {}
+
+
+class ClusterFacts(Facts):
+    """Facts of the whole cluster: the same on every host."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
+    stack: str = Field(description="a row of the version table: `clusterkit stacks`")
+    ray_version: str | None = Field(None, description="overrides the stack's")
+    vllm_version: str | None = Field(None, description="overrides the stack's")
+    runtime: Literal["venv"] = "venv"
+    service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")] = "ray"
+    ports: Ports = Ports()
+    paths: Paths = Paths()
+    proxy: Proxy = Proxy()
+    mirrors: Mirrors = Mirrors()
+    ca_bundle: AbsolutePath | None = Field(None, description="PEM file on the controller, copied to every host")
+    environment: dict[str, str] = Field({}, description="for every Ray process, such as NCCL_SOCKET_IFNAME")
+    object_store_gib: Number | None = Field(None, gt=0, description="Ray's own default is 30 % of memory")
+    serve: ServeFacts = ServeFacts()
+    log_rotation: LogRotation = LogRotation()
+    allow_disruption: StrictBool = Field(False, description="consent to stop replicas where a change needs it")
+    apps: list[AppFacts] = []
+
+
+class PoolFacts(Facts):
+    """Facts of a pool: the same on every host of it."""
+
+    accelerator: Accelerator
+    gpu_model: str | None = Field(None, description="Ray's accelerator type, such as AMD-Instinct-MI300X-OAM")
+    gpus: StrictInt = Field(0, ge=0, description="GPUs of each host")
+    gpu_memory_gib: Number | None = Field(None, gt=0, description="memory of each GPU")
+    cpus: StrictInt | None = Field(None, gt=0, description="CPUs that Ray may hand out; default all of the host")
+    labels: dict[str, str] = {}
+    pool: PoolScaling = PoolScaling()
+
+
+class HostFacts(Facts):
+    """Facts of one host."""
+
+    node_ip: IpAddress | None = Field(None, description="Ray's address; default `ansible_host` if that is an IP")
+    fabric_interface: str | None = Field(None, description="for NCCL, RCCL and Gloo")
+
+
+SCOPES: dict[str, type[Facts]] = {"cluster": ClusterFacts, "pool": PoolFacts, "host": HostFacts}
+
+
+def scope_of(field_name: str) -> str | None:
+    """The scope that owns a fact; None for an unknown one."""
+    for scope, model in SCOPES.items():
+        if field_name in model.model_fields:
+            return scope
+    return None
+
+
+def known_variables() -> list[str]:
+    """Every `clusterkit_*` name there is."""
+    return sorted(f"clusterkit_{name}" for model in SCOPES.values() for name in model.model_fields)

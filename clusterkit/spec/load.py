@@ -1,0 +1,456 @@
+"""From what Ansible resolved to a `ClusterSpec`, or to every finding at once."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from clusterkit.spec import checks
+from clusterkit.spec.cluster import App, ClusterSpec, Host, Model, Pool
+from clusterkit.spec.facts import (
+    SCOPES,
+    AppFacts,
+    ClusterFacts,
+    Facts,
+    HostFacts,
+    PoolFacts,
+    known_variables,
+    scope_of,
+)
+from clusterkit.spec.findings import Finding, Place, did_you_mean, merge
+from clusterkit.spec.raw import Path, RawInventory, RawValue
+from clusterkit.spec.stacks import Stack, table
+from serve_apps import template as templates
+
+PREFIX = "clusterkit_"
+HEAD_GROUP = "ray_head"
+WORKER_GROUP = "ray_workers"
+MANAGED_GROUP = "managed_hosts"
+
+T = TypeVar("T", bound=Facts)
+
+_UNITS = {"_s": "a plain number of seconds", "_gib": "a plain number of GiB", "_mib": "a plain number of MiB"}
+
+
+def load(raw: RawInventory) -> tuple[ClusterSpec | None, list[Finding]]:
+    """The spec, or None with all findings. Pure: no file, no network, no clock."""
+    return _Loader(raw).load()
+
+
+class _Loader:
+    def __init__(self, raw: RawInventory) -> None:
+        self.raw = raw
+        self.findings: list[Finding] = []
+
+    def load(self) -> tuple[ClusterSpec | None, list[Finding]]:
+        if not self.raw.hosts:
+            return None, checks.empty_inventory(self.raw)
+        self.findings += checks.groups(self.raw)
+        self.findings += checks.unresolved(self.raw)
+        self.findings += checks.role_variables(self.raw)
+        self._unknown_variables()
+        facts, cluster_values = self._cluster()
+        pools = self._pools()
+        hosts = self._hosts(pools)
+        stack = self._stack(facts, pools, cluster_values)
+        apps = self._apps(facts, pools, cluster_values)
+        self.findings += checks.capacity(apps, pools, cluster_values.get("apps", RawValue()))
+        if facts is not None:
+            self.findings += checks.ports(facts, cluster_values.get("ports"))
+        found = merge(self.findings)
+        if found or facts is None or stack is None or hosts is None:
+            return None, found
+        head = self.raw.group(HEAD_GROUP)[0]
+        spec = ClusterSpec(
+            facts=facts, stack=stack, head=head, hosts=hosts, pools=pools, apps=tuple(app for _, app in apps)
+        )
+        return spec, []
+
+    # --- variables -------------------------------------------------------------------------------
+
+    def _unknown_variables(self) -> None:
+        known = known_variables()
+        for host, variables in self.raw.hosts.items():
+            for name, value in variables.items():
+                if name.startswith(PREFIX) and name not in known:
+                    self.findings.append(
+                        Finding(
+                            value.place(),
+                            name,
+                            "no such variable",
+                            did_you_mean(name, known) or "remove it; the known ones stand in docs/variables.md",
+                            (host,),
+                        )
+                    )
+
+    def _collect(self, scope: str, hosts: Iterable[str]) -> tuple[dict[str, RawValue], dict[str, list[str]]]:
+        """The values of one scope over `hosts`, with a finding where hosts disagree."""
+        values: dict[str, RawValue] = {}
+        owners: dict[str, list[str]] = {}
+        names = list(hosts)
+        for host in names:
+            for variable, value in self.raw.hosts.get(host, {}).items():
+                field = variable.removeprefix(PREFIX)
+                if not variable.startswith(PREFIX) or scope_of(field) != scope:
+                    continue
+                owners.setdefault(field, []).append(host)
+                known = values.setdefault(field, value)
+                if known.error is None and value.error is None and known.value != value.value:
+                    home = "group_vars/all" if scope == "cluster" else "the pool's group_vars"
+                    self.findings.append(
+                        Finding(
+                            value.place(),
+                            variable,
+                            f"differs between hosts, and is a fact of the {scope}",
+                            f"set it once, in {home}",
+                            (host,),
+                        )
+                    )
+        return values, owners
+
+    def _validate(self, model: type[T], values: Mapping[str, RawValue], hosts: tuple[str, ...]) -> T | None:
+        """A model of the values that could be resolved; findings for what does not fit."""
+        good = {name: value.value for name, value in values.items() if value.error is None}
+        failed = {name for name, value in values.items() if value.error is not None}
+        try:
+            return model.model_validate(good)
+        except ValidationError as error:
+            for item in error.errors(include_url=False, include_input=False):
+                field = str(item["loc"][0]) if item["loc"] else ""
+                if field in failed:
+                    continue
+                value = values.get(field, RawValue())
+                self._model_finding(model, PREFIX, item, value, hosts)
+        return None
+
+    def _model_finding(
+        self,
+        model: type[BaseModel],
+        prefix: str,
+        item: Any,
+        value: RawValue,
+        hosts: tuple[str, ...],
+        skip: int = 1,
+    ) -> None:
+        loc = _without_union_tags(item["loc"])
+        subject = prefix + _dotted(loc)
+        place = value.place(loc[skip:])
+        if item["type"] == "missing":
+            parent = place if place.file else self._default_place()
+            self.findings.append(Finding(parent, subject, "is missing", _missing_fix(model, loc, subject), hosts))
+            return
+        problem, fix = _explain(model, loc, item)
+        self.findings.append(Finding(place, subject, problem, fix, hosts))
+
+    def _default_place(self) -> Place:
+        return Place(self.raw.sources[0]) if self.raw.sources else Place()
+
+    # --- scopes ----------------------------------------------------------------------------------
+
+    def _members(self) -> list[str]:
+        seen = dict.fromkeys((*self.raw.group(HEAD_GROUP), *self.raw.group(WORKER_GROUP)))
+        return list(seen) or list(self.raw.hosts)
+
+    def _cluster(self) -> tuple[ClusterFacts | None, dict[str, RawValue]]:
+        members = self._members()
+        values, _ = self._collect("cluster", members)
+        return self._validate(ClusterFacts, values, ()), values
+
+    def _pools(self) -> dict[str, Pool]:
+        pools: dict[str, Pool] = {}
+        for name in self.raw.children.get(WORKER_GROUP, ()):
+            hosts = self.raw.group(name)
+            if not hosts:
+                self.findings.append(
+                    Finding(self.raw.place_of(name), name, "the pool has no host", "add hosts, or remove the group")
+                )
+                continue
+            values, _ = self._collect("pool", hosts)
+            facts = self._validate(PoolFacts, values, hosts)
+            if facts is None:
+                continue
+            pools[name] = Pool(name=name, facts=facts, hosts=hosts)
+            self.findings += checks.pool(pools[name], values, self.raw)
+        return pools
+
+    def _hosts(self, pools: Mapping[str, Pool]) -> dict[str, Host] | None:
+        hosts: dict[str, Host] = {}
+        pool_of = {host: pool for pool in self.raw.children.get(WORKER_GROUP, ()) for host in self.raw.group(pool)}
+        complete = True
+        for name in self._members():
+            values, _ = self._collect("host", [name])
+            facts = self._validate(HostFacts, values, (name,))
+            if facts is None:
+                complete = False
+                continue
+            node_ip = facts.node_ip or self._ansible_ip(name)
+            if node_ip is None:
+                complete = False
+                self.findings.append(
+                    Finding(
+                        self.raw.place_of(name),
+                        "clusterkit_node_ip",
+                        "Ray's address of this host is not known, and `ansible_host` is no IP address",
+                        "set clusterkit_node_ip to the host's address on the management network",
+                        (name,),
+                    )
+                )
+                continue
+            hosts[name] = Host(
+                name=name,
+                node_ip=node_ip,
+                head=name in self.raw.group(HEAD_GROUP),
+                pool=pool_of.get(name),
+                managed=name in self.raw.group(MANAGED_GROUP),
+                facts=facts,
+            )
+        self.findings += checks.addresses(hosts, self.raw)
+        return hosts if complete else None
+
+    def _ansible_ip(self, host: str) -> str | None:
+        value = self.raw.hosts.get(host, {}).get("ansible_host")
+        for candidate in (value.value if value else None, host):
+            try:
+                return str(ipaddress.ip_address(str(candidate)))
+            except ValueError:
+                continue
+        return None
+
+    def _stack(
+        self, facts: ClusterFacts | None, pools: Mapping[str, Pool], values: Mapping[str, RawValue]
+    ) -> Stack | None:
+        """The row, with the site's overrides in it; findings where they do not go together."""
+        name = values.get("stack")
+        if name is None or name.error is not None or not isinstance(name.value, str):
+            return None
+        row = table().get(name.value)
+        if row is None:
+            fix = did_you_mean(name.value, table().names()) or f"one of {', '.join(table().names())}"
+            self.findings.append(Finding(name.place(), "clusterkit_stack", f"no row {name.value!r}", fix))
+            return None
+        self.findings += checks.stack_fits_pools(row, pools, name.place())
+        changes: dict[str, Any] = {}
+        place = name.place()
+        for field, key in (("ray", "ray_version"), ("vllm", "vllm_version")):
+            value = values.get(key)
+            if value is not None and isinstance(value.value, str):
+                changes[field] = value.value
+                place = value.place()
+        stack = row.model_copy(update=changes)
+        problem = table().pair_problem(stack.ray, stack.vllm)
+        if problem is not None:
+            works = ", ".join(f"Ray {ray} with vLLM {vllm}" for ray, vllm in table().pairs())
+            self.findings.append(
+                Finding(
+                    place,
+                    "clusterkit_ray_version, clusterkit_vllm_version",
+                    f"Ray {stack.ray} and vLLM {stack.vllm} do not go together: {problem}",
+                    f"use a pair that does: {works}",
+                )
+            )
+        if facts is not None and stack.engine is None and facts.runtime == "venv":
+            self.findings.append(
+                Finding(
+                    name.place(),
+                    "clusterkit_stack",
+                    f"the row {row.name!r} has no wheels for the venv runtime",
+                    f"use a row that has: {', '.join(r.name for r in table().rows if r.engine)}",
+                )
+            )
+        return _with_overrides(stack, row)
+
+    # --- apps ------------------------------------------------------------------------------------
+
+    def _apps(
+        self, facts: ClusterFacts | None, pools: Mapping[str, Pool], values: Mapping[str, RawValue]
+    ) -> list[tuple[int, App]]:
+        """The apps that hold, each with its index. Reads the raw list, so one bad app hides no other."""
+        value = values.get("apps")
+        if value is None or value.error is not None or not isinstance(value.value, list):
+            return []
+        self.findings += checks.removed_serve_options(value)
+        models_root = facts.paths.models if facts is not None else "/"
+        apps: list[tuple[int, App]] = []
+        named: list[tuple[int, AppFacts]] = []
+        for index, entry in enumerate(value.value):
+            try:
+                app = AppFacts.model_validate(entry)
+            except ValidationError:
+                continue  # the cluster model has reported it
+            named.append((index, app))
+            try:
+                template = templates.load(app.template)
+            except KeyError:
+                known = templates.names()
+                self.findings.append(
+                    Finding(
+                        value.place((index, "template")),
+                        f"clusterkit_apps[{index}].template",
+                        f"no template {app.template!r}",
+                        did_you_mean(app.template, known) or f"one of {', '.join(known)}",
+                    )
+                )
+                continue
+            parameters = self._parameters(template, index, app, value)
+            pool = self._app_pool(index, app, pools, value)
+            if parameters is None or pool is None:
+                continue
+            source = template.model_source(parameters)
+            model = _model(source, models_root) if source else None
+            apps.append((index, App(facts=app, pool=pool, parameters=parameters, template=template, model=model)))
+        self.findings += checks.unique_apps(named, value)
+        return apps
+
+    def _parameters(self, template: templates.Template, index: int, app: AppFacts, value: RawValue) -> BaseModel | None:
+        try:
+            return template.parameters.model_validate(app.parameters)
+        except ValidationError as error:
+            for item in error.errors(include_url=False, include_input=False):
+                if checks.is_removed_option(item["loc"]):
+                    continue  # reported by name, with today's
+                path = _without_union_tags(item["loc"])
+                subject = f"clusterkit_apps[{index}].parameters."
+                place = value.place((index, "parameters", *path))
+                if item["type"] == "missing":
+                    fix = f"set it; see serve_apps/{template.name}/README.md"
+                    self.findings.append(Finding(place, subject + _dotted(path), "is missing", fix))
+                    continue
+                problem, fix = _explain(template.parameters, path, item)
+                self.findings.append(Finding(place, subject + _dotted(path), problem, fix))
+        return None
+
+    def _app_pool(self, index: int, app: AppFacts, pools: Mapping[str, Pool], value: RawValue) -> str | None:
+        if app.pool is None:
+            if len(pools) == 1:
+                return next(iter(pools))
+            if pools:
+                self.findings.append(
+                    Finding(
+                        value.place((index,)),
+                        f"clusterkit_apps[{index}].pool",
+                        "several pools, and the app names none",
+                        f"set pool: to one of {', '.join(pools)}",
+                    )
+                )
+            return None
+        if app.pool not in self.raw.children.get(WORKER_GROUP, ()):
+            known = list(pools)
+            self.findings.append(
+                Finding(
+                    value.place((index, "pool")),
+                    f"clusterkit_apps[{index}].pool",
+                    f"no pool {app.pool!r}",
+                    did_you_mean(app.pool, known) or f"one of {', '.join(known)}",
+                )
+            )
+            return None
+        return app.pool if app.pool in pools else None
+
+
+def _with_overrides(stack: Stack, row: Stack) -> Stack:
+    """The engine's requirements follow an overridden version."""
+    if row.engine is None or (stack.ray, stack.vllm) == (row.ray, row.vllm):
+        return stack
+    swapped = tuple(
+        requirement.replace(f"=={row.ray}", f"=={stack.ray}")
+        if requirement.startswith("ray")
+        else requirement.replace(f"=={row.vllm}", f"=={stack.vllm}")
+        for requirement in row.engine.requirements
+    )
+    return stack.model_copy(update={"engine": row.engine.model_copy(update={"requirements": swapped})})
+
+
+def _model(source: Mapping[str, str], root: str) -> Model:
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", source["id"])
+    if "folder" in source:
+        return Model(id=source["id"], make=None, folder=source["folder"], path=source["folder"])
+    return Model(id=source["id"], make=source["make"], folder=None, path=f"{root}/{slug}")
+
+
+def _without_union_tags(loc: Iterable[str | int]) -> Path:
+    """pydantic names the member of a union at the end of a path; a user knows the field only."""
+    parts = list(loc)
+    while len(parts) > 1 and parts[-1] in {"int", "float", "str", "bool"}:
+        parts.pop()
+    return tuple(parts)
+
+
+def _dotted(loc: Path) -> str:
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else str(part)
+    return text
+
+
+def _model_at(model: type[BaseModel], loc: Path) -> type[BaseModel] | None:
+    """The model that owns the last part of `loc`, where the path leads through nested models."""
+    current: type[BaseModel] | None = model
+    for part in loc[:-1]:
+        if isinstance(part, int) or current is None:
+            continue
+        field = current.model_fields.get(part)
+        current = _inner_model(field.annotation) if field is not None else None
+    return current
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _inner_model(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _missing_fix(model: type[BaseModel], loc: Path, subject: str) -> str:
+    owner = _model_at(model, loc)
+    field = owner.model_fields.get(str(loc[-1])) if owner is not None else None
+    what = f" ({field.description})" if field is not None and field.description else ""
+    return f"set {subject}{what}"
+
+
+def _explain(model: type[BaseModel], loc: Path, item: Any) -> tuple[str, str]:
+    """Problem and fix of one pydantic error, in words; never the value itself."""
+    leaf = next((str(part) for part in reversed(loc) if isinstance(part, str)), "")
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        owner = _model_at(model, loc)
+        known = sorted(owner.model_fields) if owner is not None else []
+        return "no such key", did_you_mean(leaf, known) or f"one of {', '.join(known)}"
+    for suffix, unit in _UNITS.items():
+        if leaf.endswith(suffix) and kind.split("_")[0] in {"int", "float"}:
+            return f"must be {unit}, without a unit", "write the number alone, such as 30"
+    if kind == "literal_error":
+        return "is not one of the known values", f"one of {item['ctx']['expected']}"
+    if kind == "string_pattern_mismatch":
+        return "has characters that are not allowed", f"must match {item['ctx']['pattern']}"
+    if kind.split("_")[0] in {"int", "float"} and kind.endswith(("_type", "_parsing", "_from_float")):
+        return "must be a number", "write the number alone, without quotes or a unit"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return message, "correct the value"
+    return message[0].lower() + message[1:], f"give {_type_name(kind)}"
+
+
+def _type_name(kind: str) -> str:
+    names = {
+        "int": "a whole number, without quotes",
+        "float": "a number, without quotes",
+        "bool": "true or false",
+        "string": "a text in quotes",
+        "dict": "a mapping",
+        "list": "a list",
+        "model": "a mapping",
+    }
+    return names.get(kind.split("_")[0], "a value that fits")
+
+
+__all__ = ["HEAD_GROUP", "MANAGED_GROUP", "PREFIX", "SCOPES", "WORKER_GROUP", "load"]

@@ -1,0 +1,62 @@
+"""What Ansible resolved, before any model reads it: values, their places, and which of them failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusterkit.spec.findings import Place
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class RawValue:
+    """One variable of one host: plain data, where each part of it stands, or why it has no value.
+
+    `places` maps a path inside the value (`()` is the value itself) to its place.
+    `secret` is true for what came out of a vault: such a value is never shown.
+    """
+
+    value: Any = None
+    places: Mapping[Path, Place] = field(default_factory=dict)
+    error: str | None = None
+    secret: bool = False
+
+    def place(self, path: Path = ()) -> Place:
+        """The place of the deepest known part on the way to `path`."""
+        for end in range(len(path), -1, -1):
+            found = self.places.get(path[:end])
+            if found is not None:
+                return found
+        return Place()
+
+
+@dataclass(frozen=True)
+class RawInventory:
+    """The inventory as Ansible resolved it.
+
+    hosts     variables of each host, by name
+    groups    hosts of each group, by name
+    children  direct child groups of each group
+    sources   what was given as `-i`
+    role_options  option types of each role, from its argument_specs
+    """
+
+    hosts: Mapping[str, Mapping[str, RawValue]]
+    groups: Mapping[str, tuple[str, ...]]
+    children: Mapping[str, tuple[str, ...]]
+    sources: tuple[str, ...]
+    places: Mapping[str, Place] = field(default_factory=dict)
+    role_options: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def group(self, name: str) -> tuple[str, ...]:
+        return tuple(self.groups.get(name, ()))
+
+    def place_of(self, name: str) -> Place:
+        """Where a host or group is declared, else the inventory's own file."""
+        found = self.places.get(name) or self.places.get("")
+        if found is not None:
+            return found
+        return Place(self.sources[0]) if self.sources else Place()

@@ -1,0 +1,54 @@
+"""Where the checkout and the run folders are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from clusterkit.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT_RUNS = 20
+
+
+def state_home() -> Path:
+    """`$XDG_STATE_HOME/clusterkit`, by default `~/.local/state/clusterkit`."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "clusterkit"
+
+
+def playbook(name: str) -> Path:
+    """`site.yml`, or one of `playbooks/`."""
+    path = ROOT / name if name == "site.yml" else ROOT / "playbooks" / name
+    if not path.exists():
+        raise UsageError(
+            f"{path} is not there: clusterkit is used from a checkout",
+            hint="pip install -e . in the checkout",
+        )
+    return path
+
+
+def inventory(given: str | None) -> str:
+    """The inventory as Ansible shall read it; default `inventory/local` of the checkout."""
+    if given is None:
+        return str(ROOT / "inventory" / "local")
+    return given if given.endswith(",") else str(Path(given).expanduser().absolute())
+
+
+def new_run() -> Path:
+    """A fresh folder that only this user may read; the last 20 are kept."""
+    home = state_home() / "runs"
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        path = home / (f"{stamp}-{attempt}" if attempt else stamp)
+        try:
+            path.mkdir(mode=0o700)
+            break
+        except FileExistsError:
+            continue
+    for old in sorted(home.iterdir())[:-KEPT_RUNS]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path

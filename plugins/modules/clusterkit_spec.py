@@ -1,0 +1,31 @@
+# The action plugin of this name does the work on the controller; this file documents it for ansible-doc.
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: clusterkit_spec
+short_description: Check the inventory and publish the cluster
+description:
+  - Builds the cluster from the variables of all hosts, as Ansible resolved them, and checks it.
+  - Fails with every mistake at once, each with its file, line, host and fix. Touches no host.
+author:
+  - clusterkit
+options: {}
+"""
+
+EXAMPLES = r"""
+- name: Check the inventory
+  clusterkit_spec:
+  run_once: true
+"""
+
+RETURN = r"""
+findings:
+  description: Each mistake with C(file), C(line), C(hosts), C(subject), C(problem) and C(fix).
+  returned: always
+  type: list
+  elements: dict
+ansible_facts:
+  description: The fact C(clusterkit), the cluster without its secrets.
+  returned: success
+  type: dict
+"""

@@ -1,0 +1,180 @@
+"""Turns the parameters of an `llm` app into one entry of Serve's `applications`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from serve_apps.llm.parameters import FolderModel, LlmParameters
+from serve_apps.template import ReplicaDemand
+
+PARAMETERS = LlmParameters
+OPENAI_API = True
+
+IMPORT_PATH = "ray.serve.llm:build_openai_app"
+INGRESS = "OpenAiIngress"
+# More than nothing, so that no ingress lands on a head that offers no CPU; little, because it only passes
+# requests on and a small machine has to hold it beside the model.
+INGRESS_CPUS = 0.1
+# vLLM's own default share of a GPU's memory, of which a part of a GPU gets its part.
+MEMORY_SHARE = 0.9
+
+
+def deployment_name(model_id: str, server_class: str | None = None) -> str:
+    """The name that Ray LLM gives to the deployment of a model."""
+    server = "LLMServer" if server_class is None else server_class.replace(":", ".").rsplit(".", 1)[-1]
+    return f"{server}:{model_id.replace('/', '--').replace('.', '_')}"
+
+
+def model_source(parameters: LlmParameters) -> dict[str, str]:
+    """The weights that the app needs: their id, and what to make or which folder to read."""
+    source = parameters.model_source
+    if isinstance(source, FolderModel):
+        return {"id": parameters.model_id, "folder": source.folder}
+    return {"id": parameters.model_id, "make": source.make}
+
+
+def demand(parameters: LlmParameters) -> ReplicaDemand:
+    """What one replica asks of a pool with GPUs."""
+    gpus: float = parameters.tensor_parallel * parameters.pipeline_parallel
+    if parameters.gpu_fraction is not None:
+        gpus = parameters.gpu_fraction
+    return ReplicaDemand(
+        gpus=gpus,
+        gpus_per_host=min(gpus, parameters.tensor_parallel),
+        min_replicas=parameters.min_replicas,
+        max_replicas=parameters.max_replicas,
+        memory_fraction=_memory_fraction(parameters),
+    )
+
+
+def render(
+    *,
+    name: str,
+    route_prefix: str,
+    parameters: LlmParameters,
+    accelerator: Literal["rocm", "cuda", "cpu"],
+    model_path: str,
+) -> dict[str, Any]:
+    """One entry of `applications`.
+
+    Serve hashes `args` and `runtime_env` of an app and restarts all its replicas when they change. So what
+    the engine is stands there, and how many replicas run and how they are looked after stands under
+    `deployments`, where a change is applied to the running ones.
+    """
+    environment = _environment(parameters, accelerator)
+    return {
+        "name": name,
+        "route_prefix": route_prefix,
+        "import_path": IMPORT_PATH,
+        # For the task that builds the app and for the ingress; the engine gets the same through its config.
+        "runtime_env": {"env_vars": environment},
+        "args": {"llm_configs": [_llm_config(parameters, accelerator, model_path, environment)]},
+        "deployments": [_server(parameters), _ingress(parameters)],
+    }
+
+
+def _llm_config(
+    parameters: LlmParameters, accelerator: str, model_path: str, environment: dict[str, str]
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "model_loading_config": {"model_id": parameters.model_id, "model_source": model_path},
+        "engine_kwargs": _engine_kwargs(parameters, accelerator),
+        "placement_group_config": _placement(parameters, accelerator),
+        "deployment_config": {"ray_actor_options": {"num_cpus": _actor_cpus(parameters, accelerator)}},
+        "runtime_env": {"env_vars": environment},
+    }
+    if accelerator == "cpu":
+        config["accelerator_config"] = {"kind": "cpu"}
+    elif parameters.accelerator_type is not None:
+        config["accelerator_type"] = parameters.accelerator_type
+    if parameters.server_class is not None:
+        config["server_cls"] = parameters.server_class
+    return config
+
+
+def _engine_kwargs(parameters: LlmParameters, accelerator: str) -> dict[str, Any]:
+    kwargs = dict(parameters.engine_kwargs)
+    kwargs["tensor_parallel_size"] = parameters.tensor_parallel
+    kwargs["pipeline_parallel_size"] = parameters.pipeline_parallel
+    if parameters.gpu_fraction is not None:
+        kwargs["gpu_memory_utilization"] = _memory_fraction(parameters)
+    if accelerator == "cpu":
+        # Compiling takes a C++ compiler on every host and minutes at the start.
+        kwargs.setdefault("enforce_eager", True)
+    return kwargs
+
+
+def _memory_fraction(parameters: LlmParameters) -> float | None:
+    given = parameters.engine_kwargs.get("gpu_memory_utilization")
+    if given is not None:
+        return float(given)
+    if parameters.gpu_fraction is not None:
+        return round(MEMORY_SHARE * parameters.gpu_fraction, 4)
+    return None
+
+
+def _placement(parameters: LlmParameters, accelerator: str) -> dict[str, Any]:
+    # A replica without pipeline stages fits one host, and there it has to be. STRICT_PACK also keeps
+    # Serve's packing of replicas alive, which any other strategy switches off.
+    strategy = "STRICT_PACK" if parameters.pipeline_parallel == 1 else "PACK"
+    if accelerator == "cpu":
+        # One bundle for the whole replica: its engine starts its workers as its own processes.
+        return {"bundles": [{"CPU": parameters.cpus_per_replica or 1}], "strategy": strategy}
+    return {"bundle_per_worker": {"GPU": parameters.gpu_fraction or 1}, "strategy": strategy}
+
+
+def _actor_cpus(parameters: LlmParameters, accelerator: str) -> float:
+    # Ray LLM adds the actor's CPUs to its first bundle; on CPU that bundle has them all already.
+    return 0 if accelerator == "cpu" else parameters.cpus_per_replica or 1
+
+
+def _environment(parameters: LlmParameters, accelerator: str) -> dict[str, str]:
+    # The weights lie on the host: nothing is to be looked up outside.
+    environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if accelerator == "cpu":
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    if parameters.gpu_fraction is not None:
+        environment["VLLM_RAY_PER_WORKER_GPUS"] = f"{parameters.gpu_fraction:g}"
+    return {**environment, **parameters.environment}
+
+
+def _scaling(parameters: LlmParameters, low: int, high: int) -> dict[str, Any]:
+    scaling = {
+        "min_replicas": low,
+        "max_replicas": high,
+        "target_ongoing_requests": parameters.target_ongoing_requests,
+        "upscale_delay_s": parameters.upscale_delay_s,
+        "downscale_delay_s": parameters.downscale_delay_s,
+    }
+    if parameters.initial_replicas is not None:
+        scaling["initial_replicas"] = min(max(parameters.initial_replicas, low), high)
+    return scaling
+
+
+def _server(parameters: LlmParameters) -> dict[str, Any]:
+    server: dict[str, Any] = {
+        "name": deployment_name(parameters.model_id, parameters.server_class),
+        "autoscaling_config": _scaling(parameters, parameters.min_replicas, parameters.max_replicas),
+        "max_ongoing_requests": parameters.max_ongoing_requests,
+        "max_queued_requests": parameters.max_queued_requests,
+        "health_check_period_s": parameters.health_check_period_s,
+        "health_check_timeout_s": parameters.health_check_timeout_s,
+        "graceful_shutdown_wait_loop_s": parameters.graceful_shutdown_wait_loop_s,
+        "graceful_shutdown_timeout_s": parameters.graceful_shutdown_timeout_s,
+    }
+    if parameters.user_config:
+        server["user_config"] = parameters.user_config
+    return server
+
+
+def _ingress(parameters: LlmParameters) -> dict[str, Any]:
+    """One ingress replica per model replica, scaled by the same load: Ray LLM's default is one for all,
+    whose host would take the whole app along. Its requests last as long as the model's, so it gets as long
+    to end them."""
+    return {
+        "name": INGRESS,
+        "autoscaling_config": _scaling(parameters, parameters.ingress_min, parameters.ingress_max),
+        "ray_actor_options": {"num_cpus": INGRESS_CPUS},
+        "graceful_shutdown_wait_loop_s": parameters.graceful_shutdown_wait_loop_s,
+        "graceful_shutdown_timeout_s": parameters.graceful_shutdown_timeout_s,
+    }
