@@ -250,7 +250,7 @@ def status(name: str = DEFAULT_NAME) -> LabStatus:
         networks = client.networks.list(filters=mine)
         hosts = []
         for container in client.containers.list(all=True, filters=mine):
-            (endpoint,) = container.attrs["NetworkSettings"]["Networks"].values()
+            endpoint = next(iter(container.attrs["NetworkSettings"]["Networks"].values()))
             hosts.append(
                 HostStatus(
                     name=container.labels[HOST_LABEL],
@@ -519,6 +519,7 @@ class _Hosts:
                 container.put_archive("/", _tar(_site_files(self.network)))
             if container.status != "running":
                 self.say(f"{host}: booting")
+                self._reconnect(host, addresses[host])
                 container.unpause() if container.status == "paused" else container.start()
                 booted.append(host)
         return changed or bool(booted), booted
@@ -531,8 +532,9 @@ class _Hosts:
             name=f"clusterkit-{self.name}-{host}",
             hostname=host,
             environment={"LAB_OFFLINE": "1"} if offline else {},
-            # Nothing listens there: names of the outside fail at once, where Docker's resolver would try for 20 s.
+            # Nobody can answer for names outside: say so after a second. The default is 20, and apt asks often.
             dns=["127.0.0.1"] if offline else None,
+            dns_opt=["timeout:1", "attempts:1"] if offline else None,
             labels={LABEL: self.name, HOST_LABEL: host},
             # Not --privileged: that fails where the outer machine lacks one of the capabilities itself.
             cap_add=["ALL"],
@@ -549,6 +551,14 @@ class _Hosts:
         )
         container.reload()
         return container
+
+    def _reconnect(self, host: str, address: str) -> None:
+        """Give a stopped host the network again that `docker network prune` took while it was off."""
+        container = self.found[host]
+        for name, endpoint in container.attrs["NetworkSettings"]["Networks"].items():
+            if endpoint["NetworkID"] not in ("", self.network.id):
+                self.client.api.disconnect_container_from_network(container.id, name, force=True)
+                self.network.connect(container, ipv4_address=address, aliases=[host])
 
     def settle(self, addresses: Mapping[str, str], public_key: str) -> dict[str, str]:
         """Wait until every host has booted, hand it the client's key; its own SSH host key by host name."""
@@ -703,7 +713,7 @@ def ensure_image(client: Any, *, mirror: str | None, on_progress: Progress) -> s
     packages = [line for line in recipe["packages.txt"].splitlines() if line and not line.startswith("#")]
     with tempfile.TemporaryDirectory(dir=parent, prefix=".image-") as folder:
         tarball = Path(folder) / "host.tar"
-        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}"]
+        command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(packages)}"]
         command += [f"--customize-hook={recipe['customize']}", _SUITE, str(tarball), *sources]
         result = subprocess.run(
             command,

@@ -151,8 +151,7 @@ def serve_config(inventory: str, options: Options | None = None, *, on_event: On
 
 
 def _cluster(result: Result) -> dict[str, Any]:
-    facts: dict[str, Any] = _first(result, SPEC_TASK).get("ansible_facts", {})
-    found: dict[str, Any] = facts.get("clusterkit", {})
+    found: dict[str, Any] = _first(result, SPEC_TASK).get("cluster", {})
     return found
 
 

@@ -1,4 +1,4 @@
-"""Read the cluster from what Ansible resolved; fail with every finding, or publish the fact `clusterkit`.
+"""Read the cluster from what Ansible resolved; fail with every finding, or return the cluster.
 
 Everything that depends on Ansible's inside is in this file; what the values mean is `clusterkit.spec`.
 """
@@ -27,7 +27,7 @@ ROLES = Path(__file__).resolve().parents[2] / "roles"
 
 
 class ActionModule(ActionBase):
-    """No options. Returns `findings`, and on success the facts `clusterkit` and `serve_config`."""
+    """No options. Returns `findings`, and on success `cluster`."""
 
     _requires_connection = False
 
@@ -39,7 +39,7 @@ class ActionModule(ActionBase):
             lines = "\n".join(f"  {finding}" for finding in findings)
             result.update(failed=True, msg=f"The inventory has {len(findings)} finding(s):\n{lines}")
             return result
-        result["ansible_facts"] = {"clusterkit": {**spec.published(), "serve_config": serve_config(spec)}}
+        result["cluster"] = {**spec.published(), "serve_config": serve_config(spec)}
         return result
 
     def _inventory(self, task_vars: dict[str, Any]) -> RawInventory:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: clusterkit_spec
-short_description: Check the inventory and publish the cluster
+short_description: Check the inventory and return the cluster
 description:
   - Builds the cluster from the variables of all hosts, as Ansible resolved them, and checks it.
   - Fails with every mistake at once, each with its file, line, host and fix. Touches no host.
@@ -16,6 +16,7 @@ EXAMPLES = r"""
 - name: Check the inventory
   clusterkit_spec:
   run_once: true
+  register: spec
 """
 
 RETURN = r"""
@@ -24,8 +25,8 @@ findings:
   returned: always
   type: list
   elements: dict
-ansible_facts:
-  description: The fact C(clusterkit), the cluster without its secrets.
+cluster:
+  description: The cluster without its secrets, for the fact C(clusterkit).
   returned: success
   type: dict
 """

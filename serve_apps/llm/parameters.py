@@ -157,12 +157,8 @@ class LlmParameters(_Parameters):
     target_ongoing_requests: Positive = Field(
         16, description="requests per replica that scaling aims at; Ray LLM's own default never scales"
     )
-    upscale_delay_s: Seconds = Field(
-        30, description="load must stay high for so long before replicas are added"
-    )
-    downscale_delay_s: Seconds = Field(
-        600, description="load must stay low for so long before replicas are removed"
-    )
+    upscale_delay_s: Seconds = Field(30, description="load must stay high for so long before replicas are added")
+    downscale_delay_s: Seconds = Field(600, description="load must stay low for so long before replicas are removed")
     ingress_min_replicas: StrictInt | None = Field(
         None, ge=0, description="ingress replicas, at least; `min_replicas` where nothing is said"
     )
@@ -170,9 +166,7 @@ class LlmParameters(_Parameters):
         None, ge=1, description="ingress replicas, at most; `max_replicas` where nothing is said"
     )
 
-    max_ongoing_requests: StrictInt = Field(
-        256, ge=1, description="requests that one replica works on at a time"
-    )
+    max_ongoing_requests: StrictInt = Field(256, ge=1, description="requests that one replica works on at a time")
     max_queued_requests: StrictInt = Field(
         -1, ge=-1, description="requests that each ingress replica lets wait; the rest gets 503. -1: no limit"
     )
@@ -181,9 +175,7 @@ class LlmParameters(_Parameters):
     graceful_shutdown_wait_loop_s: Positive = Field(
         2, description="how often a replica that is to stop looks whether its requests are done"
     )
-    graceful_shutdown_timeout_s: Seconds = Field(
-        600, description="how long its requests may take until they are cut"
-    )
+    graceful_shutdown_timeout_s: Seconds = Field(600, description="how long its requests may take until they are cut")
 
     server_class: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*[.:][A-Za-z_]\w*$")] | None = Field(
         None, description="own subclass of Ray's LLMServer, importable on every node (`package.module:Class`)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,8 +17,10 @@ import docker
 import docker.errors
 import pytest
 import testinfra
+from typer.testing import CliRunner
 
 from clusterkit import lab
+from clusterkit.cli.lab import app
 from clusterkit.errors import UsageError
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
@@ -58,10 +61,7 @@ def inventory_of(client: Any) -> set[str]:
     return {
         thing.id
         for thing in things
-        if (thing.attrs.get("Labels") or thing.attrs.get("Config", {}).get("Labels") or {}).get(
-            lab.LABEL, NAME
-        )
-        == NAME
+        if (thing.attrs.get("Labels") or thing.attrs.get("Config", {}).get("Labels") or {}).get(lab.LABEL, NAME) == NAME
     }
 
 
@@ -129,9 +129,7 @@ def test_a_host_is_a_bare_server(folder: Path) -> None:
         assert not host.exists("pip")
         assert host.file("/root").user == "root", "sudo asks for no password"
         # What a nested Docker needs: writable cgroups, and a file system that overlay can lie on.
-        host.check_output(
-            "d=/sys/fs/cgroup; test ! -d $d/cpuset || d=$d/cpuset; mkdir $d/probe && rmdir $d/probe"
-        )
+        host.check_output("d=/sys/fs/cgroup; test ! -d $d/cpuset || d=$d/cpuset; mkdir $d/probe && rmdir $d/probe")
         assert host.mount_point("/var/lib/docker").exists
         assert host.check_output("df -BM --output=size /dev/shm | tail -n1").strip() == "2048M"
         for other in made.hosts:
@@ -172,6 +170,33 @@ def test_a_killed_up_is_finished_by_the_next(client: Any, folder: Path) -> None:
     assert pinged.stdout.count("pong") == 3, pinged.stdout + pinged.stderr
 
 
+def test_a_rebooted_host_and_a_pruned_network_come_back(client: Any, folder: Path) -> None:
+    made = lab.up(1, name=NAME, inventory_dir=folder)
+    assert ping(made).returncode == 0  # leaves shared connections, which would hang
+    client.containers.get(ids(made)["worker1"]).exec_run("reboot")
+    client.containers.get(ids(made)["worker1"]).wait(timeout=60)
+    client.containers.get(ids(made)["head"]).stop(timeout=30)
+    client.networks.prune(filters={"label": f"{lab.LABEL}={NAME}"})
+    assert [host.container for host in lab.status(NAME).hosts] == ["exited", "exited"]
+    again = lab.up(1, name=NAME, inventory_dir=folder)
+    assert ids(again) == ids(made)
+    assert ping(again).stdout.count("pong") == 2
+    assert "worker1" in login(again, "head").check_output("getent hosts worker1")
+
+
+def test_command_line(folder: Path) -> None:
+    def run(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, [*arguments, "--name", NAME, "--json"], catch_exceptions=False)
+        assert result.exit_code == 0
+        return json.loads(result.stdout)
+
+    made = run("up", "-w", "1", "-i", str(folder))
+    assert made["inventory"] == str(folder)
+    assert [host["system"] for host in run("status")["hosts"]] == ["running", "running"]
+    assert len(run("down", "-i", str(folder))["containers"]) == 2
+    assert run("status")["exists"] is False
+
+
 def test_offline_has_no_route_out(client: Any, state: Path, tmp_path: Path) -> None:
     name = f"{NAME}-off"
     try:
@@ -180,6 +205,7 @@ def test_offline_has_no_route_out(client: Any, state: Path, tmp_path: Path) -> N
         host = login(made, "worker1")
         assert "default" not in host.check_output("ip route")
         assert host.run("ip route get 192.0.2.1").failed
+        assert host.run("timeout 10 getent hosts deb.debian.org").rc == 2, "says soon that there is no answer"
         assert host.addr(made.hosts[0].address).port(22).is_reachable
         with pytest.raises(UsageError, match="route out"):
             lab.up(1, name=name, inventory_dir=tmp_path)

@@ -95,9 +95,7 @@ def test_a_foreign_inventory_is_refused(tmp_path: Path) -> None:
         (1, "unit", "198.18.0.0/29", "room for 0"),
     ],
 )
-def test_requests_that_cannot_be_met(
-    tmp_path: Path, workers: int, name: str, subnet: str, match: str
-) -> None:
+def test_requests_that_cannot_be_met(tmp_path: Path, workers: int, name: str, subnet: str, match: str) -> None:
     with pytest.raises(UsageError, match=match):
         lab.up(workers, name=name, inventory_dir=tmp_path / "inventory", subnet=subnet)
     assert not (tmp_path / "inventory").exists()
@@ -175,9 +173,7 @@ def test_sources_of_a_debian_12_controller(tmp_path: Path) -> None:
 
 
 def test_sources_of_another_controller(tmp_path: Path) -> None:
-    root = machine(
-        tmp_path, "ID=ubuntu\nVERSION_CODENAME=noble\n", x_list="deb http://a.example noble main\n"
-    )
+    root = machine(tmp_path, "ID=ubuntu\nVERSION_CODENAME=noble\n", x_list="deb http://a.example noble main\n")
     assert lab.debian_sources(None, root=root) == [
         "deb http://deb.debian.org/debian bookworm main",
         "deb http://deb.debian.org/debian bookworm-updates main",
