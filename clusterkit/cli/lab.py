@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clusterkit.workspace import ROOT
+
 if TYPE_CHECKING:
     from clusterkit import lab
 
@@ -53,6 +55,8 @@ def up(
         inventory_dir=_folder(inventory, name),
         offline=offline,
         mirror=mirror,
+        group_vars=_settings("all"),
+        pool_vars=_settings("cpu_pool"),
         on_progress=lambda line: talk.print(
             f"[dim]{time.monotonic() - started:5.1f} s[/] {escape(line)}", soft_wrap=True
         ),
@@ -61,6 +65,11 @@ def up(
     hosts = ", ".join(host.name for host in made.hosts)
     talk.print(f"[green]the lab {made.name!r} {done}:[/] {hosts} in {made.subnet}", soft_wrap=True)
     _emit(made) if as_json else print(made.inventory)
+
+
+def _settings(group: str) -> str:
+    """What the lab's inventory says about a group: an ordinary file of the checkout."""
+    return (ROOT / "lab" / "inventory" / f"{group}.yml").read_text(encoding="utf-8")
 
 
 @app.command()

@@ -34,6 +34,7 @@ class Progress:
         self.live = err.is_terminal and not quiet
         self.started = time.monotonic()
         self.spinner: Spinner | None = None
+        self.shown: set[str] = set()
 
     def __enter__(self) -> Callable[[Event], None]:
         if self.live:
@@ -47,7 +48,9 @@ class Progress:
 
     def show(self, event: Event) -> None:
         elapsed = f"{time.monotonic() - self.started:5.0f} s"
-        if event.kind == "play" and not self.quiet:
+        if event.kind == "play" and not self.quiet and event.play not in self.shown:
+            # Every playbook begins with the validation, which runs once; so it is told once.
+            self.shown.add(event.play)
             err.print(f"[dim]{elapsed}[/]  {escape(event.play)}")
         elif event.kind == "task" and self.spinner is not None:
             where = f"{event.role}: " if event.role else ""

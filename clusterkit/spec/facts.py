@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 Accelerator = Literal["rocm", "cuda", "cpu"]
 
@@ -142,7 +142,8 @@ class ClusterFacts(Facts):
     object_store_gib: Number | None = Field(None, gt=0, description="Ray's own default is 30 % of memory")
     serve: ServeFacts = ServeFacts()
     log_rotation: LogRotation = LogRotation()
-    allow_disruption: StrictBool = Field(False, description="consent to stop replicas where a change needs it")
+    # Not strict: `-e clusterkit_allow_disruption=true` arrives as text.
+    allow_disruption: bool = Field(False, description="consent to stop replicas where a change needs it")
     apps: list[AppFacts] = []
 
 
