@@ -133,6 +133,9 @@ def _environment(parameters: LlmParameters, accelerator: str) -> dict[str, str]:
     environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if accelerator == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        # Left alone, every engine of a host binds itself to the same first cores.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment["OMP_NUM_THREADS"] = str(max(1, int(parameters.cpus_per_replica or 1)))
     if parameters.gpu_fraction is not None:
         environment["VLLM_RAY_PER_WORKER_GPUS"] = f"{parameters.gpu_fraction:g}"
     return {**environment, **parameters.environment}

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from serve_apps import template as templates
 
 ROOT = Path(__file__).resolve().parents[2]
