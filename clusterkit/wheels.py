@@ -152,7 +152,10 @@ def _resolve(wish: Wish, target: Target, other_pythons: Sequence[str]) -> list[s
     if fitting:
         hint = f"Python {' or '.join(fitting)} would fit: set ray_env_python to such an interpreter"
     else:
-        hint = "check the index and ray_env_find_links, or choose another clusterkit_stack"
+        hint = (
+            "name an index that has them: ray_env_find_links, ray_env_extra_index_urls, or pip's own configuration; "
+            "or choose another clusterkit_stack"
+        )
     raise ClusterkitError(
         f"no engine for Python {target.python} on glibc {target.glibc} ({target.machine}):\n{words}", hint=hint
     )

@@ -32,7 +32,7 @@ class ActionModule(ActionBase):
         try:
             return self._present(args, base, info, task_vars)
         except ClusterkitError as error:
-            raise AnsibleActionFail(f"{error.message}\nFix: {error.hint}") from error
+            raise AnsibleActionFail(f"{error.message}\nFix: {error.hint}") from None
 
     def _present(
         self, args: dict[str, Any], base: dict[str, Any], info: dict[str, Any], task_vars: dict[str, Any] | None
