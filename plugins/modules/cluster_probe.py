@@ -139,18 +139,19 @@ def read_nodes(url, token, expected):
         known = nodes.get(node["node_ip"])
         if known is None or (entry["alive"] and not known["alive"]):
             nodes[node["node_ip"]] = entry
-    # Ray turns a head on 127.0.0.1 into the host's address.
+    # Ray turns a head on 127.0.0.1 into the host's address, and the proxies listen where they were told.
     if len(expected) == 1 and len(nodes) == 1:
         only = next(iter(nodes.values()))
-        only["host"] = next(iter(expected))
+        only["host"], only["node_ip"] = next(iter(expected.items()))
     return sorted(nodes.values(), key=lambda node: (not node["head"], node["host"], node["node_ip"]))
 
 
-def read_apps(url, token, wanted, serve_port, head_ip):
+def read_apps(url, token, wanted, nodes, serve_port, head_ip):
     """Serve's apps with the replicas of every deployment."""
     data = fetch(url + "/api/serve/applications/", token=token) or {}
     apps = []
     facts = {app["name"]: app for app in wanted}
+    addresses = {node["node_id"]: node["node_ip"] for node in nodes}
     for name, app in sorted((data.get("applications") or {}).items()):
         replicas = []
         for deployment, detail in sorted(app.get("deployments", {}).items()):
@@ -160,7 +161,7 @@ def read_apps(url, token, wanted, serve_port, head_ip):
                         "deployment": deployment,
                         "id": replica.get("replica_id", ""),
                         "state": replica.get("state", ""),
-                        "node_ip": replica.get("node_ip", ""),
+                        "node_ip": addresses.get(replica.get("node_id"), replica.get("node_ip", "")),
                         "pid": replica.get("pid"),
                     }
                 )
@@ -251,6 +252,9 @@ class Checks(object):
     def __init__(self):
         self.list = []
 
+    def fail(self, name, detail):
+        self.list.append({"name": name, "ok": False, "detail": detail, "seconds": 0.0})
+
     def run(self, name, check, *args):
         """Run one check, note how it went, return what it gave."""
         start = time.time()
@@ -275,8 +279,6 @@ def until(deadline, attempt):
 def check_nodes(checks, given, token):
     def missing():
         alive = {node["node_ip"] for node in read_nodes(given["url"], token, given["nodes"]) if node["alive"]}
-        if len(given["nodes"]) == 1 and alive:
-            return []
         return [host for host, address in sorted(given["nodes"].items()) if address not in alive]
 
     def there():
@@ -366,6 +368,13 @@ def every_replica(given, addresses, prefix, model, replicas):
     return "all %d replicas answered (%d requests)" % (len(replicas), asked[0])
 
 
+def finish(module, result):
+    failed = ["%(name)s: %(detail)s" % check for check in result["checks"] if not check["ok"]]
+    if failed:
+        result["msg"] = "%d of %d checks failed:\n  %s" % (len(failed), len(result["checks"]), "\n  ".join(failed))
+    module.exit_json(**result)
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -389,30 +398,30 @@ def main():
         with open(given["token_file"]) as handle:
             token = handle.read().strip()
     except OSError as error:
-        checks.run("head", lambda: (_ for _ in ()).throw(Unreachable("no token: %s" % error.strerror)))
-        module.exit_json(**result)
+        checks.fail("head", "no token: %s" % error.strerror)
+        finish(module, result)
     try:
         result["nodes"] = read_nodes(given["url"], token, given["nodes"])
         result["reachable"] = True
         if given["probe"] != "none":
             check_nodes(checks, given, token)
             result["nodes"] = read_nodes(given["url"], token, given["nodes"])
-        apps, proxies = read_apps(given["url"], token, given["apps"], given["serve_port"], given["head_ip"])
+        apps, proxies = read_apps(
+            given["url"], token, given["apps"], result["nodes"], given["serve_port"], given["head_ip"]
+        )
         result["apps"], result["proxies"] = apps, proxies
     except (Unreachable, KeyError, TypeError) as error:
-        text = str(error)
-        checks.run("head", lambda: (_ for _ in ()).throw(Unreachable(text)))
-        module.exit_json(**result)
+        checks.fail("head", str(error))
+        finish(module, result)
     if given["probe"] != "none":
         by_name = {app["name"]: app for app in apps}
         for wanted in given["apps"]:
             app = by_name.get(wanted["name"])
             if app is None:
-                missing = "%s is not deployed" % wanted["name"]
-                checks.run("%s state" % wanted["name"], lambda text=missing: (_ for _ in ()).throw(Unreachable(text)))
+                checks.fail("%s state" % wanted["name"], "it is not deployed")
                 continue
             result["answer"] = check_app(checks, given, app, wanted) or result["answer"]
-    module.exit_json(**result)
+    finish(module, result)
 
 
 if __name__ == "__main__":
