@@ -50,6 +50,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -75,10 +76,14 @@ def folder_problems(path):
 
 
 def run(command):
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, env=environment
-    )
+    # Libraries leave caches in TMPDIR; here they go with it.
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = dict(
+            os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TMPDIR=scratch
+        )
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, env=environment
+        )
     return done.returncode, done.stdout, done.stderr
 
 
