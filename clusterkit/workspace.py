@@ -11,6 +11,7 @@ from clusterkit.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT_RUNS = 20
+ABANDONED_AFTER_S = 30 * 24 * 3600
 
 
 def state_home() -> Path:
@@ -49,6 +50,11 @@ def new_run() -> Path:
             break
         except FileExistsError:
             continue
-    for old in sorted(home.iterdir())[:-KEPT_RUNS]:
+    # A run without a report may still be going on, or was killed: then its log is what one looks for.
+    ended = sorted(old for old in home.iterdir() if (old / "report.json").exists())
+    for old in ended[: max(0, len(ended) - KEPT_RUNS)]:
         shutil.rmtree(old, ignore_errors=True)
+    for old in home.iterdir():
+        if time.time() - old.stat().st_mtime > ABANDONED_AFTER_S:
+            shutil.rmtree(old, ignore_errors=True)
     return path

@@ -8,7 +8,6 @@ import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import click
 import typer
 import yaml
 from rich.markup import escape
@@ -302,6 +301,10 @@ def render_serve(
         sys.stdout.write(yaml.safe_dump(config, sort_keys=False))
 
 
+# Typer brings its own click: its usage errors are found from a class that it makes public.
+_ClickError: type[Any] = typer.BadParameter.__mro__[2]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a run or a check failed, 2 the request was wrong."""
     try:
@@ -309,13 +312,13 @@ def main(arguments: list[str] | None = None) -> None:
     except ClusterkitError as error:
         output.failure(error)
         sys.exit(error.exit_code)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         output.err.print("stopped; the same command again goes on from here")
         sys.exit(1)
-    except click.ClickException as error:
+    except _ClickError as error:
         error.show()
         sys.exit(2)
-    except KeyboardInterrupt:
-        output.err.print("stopped; the same command again goes on from here")
+    except Exception as error:
+        output.unexpected(error)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from clusterkit.errors import ClusterkitError, RunFailed, SpecError
 from clusterkit.operations import Check
 from clusterkit.runner import Event, Result
+from clusterkit.workspace import state_home
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
@@ -95,6 +97,15 @@ def failure(error: ClusterkitError) -> None:
         err.print(f"\n[green]hint:[/] {escape(error.hint)}")
     if isinstance(error, RunFailed):
         err.print(f"[dim]log: {error.log}[/]")
+
+
+def unexpected(error: Exception) -> None:
+    """A fault of ours: one line here, the traceback in a file."""
+    log = state_home() / "error.log"
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    err.print(f"[red]error:[/] clusterkit failed: {escape(type(error).__name__)}: {escape(str(error))}")
+    err.print(f"[dim]traceback: {log}; please report it[/]")
 
 
 def checks(found: Sequence[Check]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +25,35 @@ REMOVED_SERVE_OPTIONS = {
 }
 
 TOLERANCE = 1e-9
+YAML_SUFFIXES = {".yml", ".yaml", ".json"}
 
 
-def empty_inventory(raw: RawInventory) -> list[Finding]:
-    """Why there is no host: the source is missing, does not parse, or holds none."""
+def sources(raw: RawInventory) -> list[Finding]:
+    """Sources that are not there or do not parse: Ansible passes over them with a warning."""
     findings = []
     for source in raw.sources:
         path = FilePath(source)
-        if not path.exists():
+        if path.exists():
+            findings += unparsable([path] if path.is_file() else sorted(path.glob("*.y*ml")))
+        elif "," not in source:  # a list of hosts is no file
             findings.append(
                 Finding(
                     Place(source), "inventory", "no such file or folder", "name one with -i, such as inventory/local"
                 )
             )
-        else:
-            findings += _unparsable(path)
+    return findings
+
+
+def empty_inventory(raw: RawInventory) -> list[Finding]:
+    """Why there is no host: the source is missing, does not parse, or holds none."""
+    findings = sources(raw)
+    for source in raw.sources:
+        path = FilePath(source)
+        if path.is_file() and path.suffix not in YAML_SUFFIXES and not findings:
+            problem = "Ansible finds no host in it"
+            findings.append(
+                Finding(Place(source), "inventory", problem, f"see what it says: ansible-inventory -i {source} --graph")
+            )
     if not findings:
         place = Place(raw.sources[0]) if raw.sources else Place()
         findings.append(
@@ -50,12 +64,16 @@ def empty_inventory(raw: RawInventory) -> list[Finding]:
     return findings
 
 
-def _unparsable(source: FilePath) -> list[Finding]:
-    files = [source] if source.is_file() else sorted(source.glob("*.y*ml"))
+def unparsable(files: Iterable[FilePath]) -> list[Finding]:
+    """YAML files that do not parse, or that hold something else than variables or groups."""
     findings = []
     for file in files:
+        if file.suffix not in YAML_SUFFIXES:
+            continue
         try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+            root = yaml.compose(file.read_text(encoding="utf-8"))
+        except OSError:
+            continue  # Ansible says so itself
         except UnicodeDecodeError:
             findings.append(Finding(Place(str(file)), "inventory", "is not text in UTF-8", "rewrite the file"))
         except yaml.MarkedYAMLError as error:
@@ -64,11 +82,11 @@ def _unparsable(source: FilePath) -> list[Finding]:
                 Finding(Place(str(file), line), "inventory", f"does not parse: {error.problem}", "mend the YAML there")
             )
         except yaml.YAMLError:
-            continue  # tags of Ansible's own, such as !vault
+            findings.append(Finding(Place(str(file)), "inventory", "does not parse", "mend the YAML there"))
         else:
-            if data is not None and not isinstance(data, dict):
+            if root is not None and not isinstance(root, yaml.MappingNode):
                 findings.append(
-                    Finding(Place(str(file)), "inventory", "is no YAML inventory", "start with `all:` and its children")
+                    Finding(Place(str(file), 1), "inventory", "is no YAML mapping", "begin with `all:`, or `name: value`")
                 )
     return findings
 
@@ -123,13 +141,15 @@ def groups(raw: RawInventory) -> list[Finding]:
 
 
 def unresolved(raw: RawInventory) -> list[Finding]:
-    """Values that Ansible could not give: undefined, or not to be decrypted."""
+    """Values that Ansible could not give: undefined, or not to be decrypted. Ours only: many a site's own
+    variable has a value inside one task and nowhere else."""
+    ours = ("clusterkit_", "ansible_host", *(f"{role}_" for role in raw.role_options))
     findings = []
     for host, variables in raw.hosts.items():
         for name, value in variables.items():
-            if value.error is None:
+            if value.error is None or not name.startswith(ours):
                 continue
-            if value.secret:
+            if value.undecryptable:
                 problem = "cannot be decrypted"
                 fix = "give the vault password with --ask-vault-pass or --vault-id, or encrypt the value anew"
             else:
@@ -395,6 +415,7 @@ def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: 
         place = value.place((index, "parameters"))
         subject = f"clusterkit_apps[{index}] {app.name}"
         total = home.facts.gpus * home.max
+        fitting = int(total // demand.gpus)
         if demand.gpus_per_host > home.facts.gpus:
             findings.append(
                 Finding(
@@ -412,7 +433,7 @@ def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: 
                     subject,
                     f"at max_replicas it needs {demand.gpus * demand.max_replicas:g} GPUs, "
                     f"and the pool {home.name} has {total}",
-                    f"lower max_replicas to {int(total // demand.gpus)}, or add hosts",
+                    f"lower max_replicas to {fitting}, or add hosts" if fitting else "use fewer GPUs, or add hosts",
                 )
             )
         else:
@@ -442,12 +463,17 @@ def _memory_budget(share: float, memory: float, place: Place, subject: str) -> l
     if memory <= share + TOLERANCE:
         return []
     together = int((1 + TOLERANCE) // share)
+    problem = f"takes {share:g} of a GPU by gpu_fraction, and asks for {memory:g} of its memory"
+    if together > 1:
+        problem = (
+            f"{together} replicas share one GPU by gpu_fraction {share:g}, and together ask for "
+            f"{together * memory:g} of its memory"
+        )
     return [
         Finding(
             place,
             subject,
-            f"{together} replicas share one GPU by gpu_fraction {share:g}, and together ask for "
-            f"{together * memory:g} of its memory",
+            problem,
             f"lower gpu_memory_utilization to at most {share:g}, or raise gpu_fraction",
         )
     ]

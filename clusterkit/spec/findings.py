@@ -51,6 +51,13 @@ class Finding:
             hosts=tuple(data["hosts"]),
         )
 
+    def without(self, secrets: Iterable[str]) -> Finding:
+        """The same, with `***` for each secret that would be in its words."""
+        subject, problem, fix = self.subject, self.problem, self.fix
+        for secret in secrets:
+            subject, problem, fix = (text.replace(secret, "***") for text in (subject, problem, fix))
+        return replace(self, subject=subject, problem=problem, fix=fix)
+
     def __str__(self) -> str:
         who = ""
         if self.hosts:

@@ -16,13 +16,15 @@ class RawValue:
     """One variable of one host: plain data, where each part of it stands, or why it has no value.
 
     `places` maps a path inside the value (`()` is the value itself) to its place.
-    `secret` is true for what came out of a vault: such a value is never shown.
+    `secrets` are the texts in it that came out of a vault: they are never shown.
+    `undecryptable` says that the error is a missing or wrong vault password.
     """
 
     value: Any = None
     places: Mapping[Path, Place] = field(default_factory=dict)
     error: str | None = None
-    secret: bool = False
+    secrets: frozenset[str] = frozenset()
+    undecryptable: bool = False
 
     def place(self, path: Path = ()) -> Place:
         """The place of the deepest known part on the way to `path`."""

@@ -6,6 +6,7 @@ Everything that depends on Ansible's inside is in this file; what the values mea
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
 from clusterkit.render.serve import serve_config
-from clusterkit.spec.findings import Place
+from clusterkit.spec.findings import Finding, Place
 from clusterkit.spec.load import load
 from clusterkit.spec.raw import RawInventory, RawValue
 
 try:  # file and line of a value: not public, so the one place that may break says less, not wrong
-    from ansible._internal._datatag._tags import Origin
+    from ansible._internal._datatag._tags import Origin, VaultedValue
 except ImportError:  # pragma: no cover
-    Origin = None
+    Origin = VaultedValue = None
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 
@@ -33,7 +34,11 @@ class ActionModule(ActionBase):
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result = super().run(tmp, task_vars)
-        spec, findings = load(self._inventory(task_vars or {}))
+        try:
+            spec, findings = load(self._inventory(task_vars or {}))
+        except AnsibleError as error:
+            # Files of host_vars and of smaller groups are first read here; one that does not parse hides the rest.
+            spec, findings = None, [_unreadable(error)]
         result["findings"] = [finding.as_dict() for finding in findings]
         if spec is None:
             lines = "\n".join(f"  {finding}" for finding in findings)
@@ -63,12 +68,11 @@ class ActionModule(ActionBase):
         # A context of its own: `hostvars` inside a value (the usual head-address idiom) then resolves too.
         templar = self._templar.copy_with_new_env(available_variables={**raw, "hostvars": hostvars})
         prefixes = ("clusterkit_", *(f"{role}_" for role in options))
-        names = [
-            name
-            for name in raw
+        return {
+            str(name): _value(templar, name, source)
+            for name, source in raw.items()
             if name.startswith(prefixes) or name in wanted or name == "ansible_host" or _might_be_typo(name)
-        ]
-        return {str(name): _value(templar, raw, name) for name in names}
+        }
 
 
 def _hosts(groups: dict[str, list[str]]) -> list[str]:
@@ -80,24 +84,57 @@ def _might_be_typo(name: str) -> bool:
     return not name.startswith(("ansible_", "inventory_", "group", "omit", "playbook_", "role_", "hostvars"))
 
 
-def _value(templar: Any, raw: Any, name: str) -> RawValue:
-    source = raw[name]
-    secret = type(source).__name__ == "EncryptedString"
+def _value(templar: Any, name: Any, source: Any) -> RawValue:
     places: dict[tuple[str | int, ...], Place] = {}
-    key_place = _place(next((key for key in raw if key == name), None))
-    if key_place is not None:
-        places[()] = key_place
-    elif (found := _place(source)) is not None:
-        places[()] = found
+    key, found = _place(name), _place(source)
+    # The key's line reads best. Where a later file replaced the value, the key is still the first file's.
+    home = found if found is not None and (key is None or found.file != key.file) else key
+    if home is not None:
+        places[()] = home
+    secrets = _secrets(source)
     try:
         value = templar.template(source)
+        secrets |= _secrets(value)
         _collect_places(value, (), places)
         _collect_places(source, (), places)
-        return RawValue(value=_plain(value), places=places, secret=secret)
+        return RawValue(value=_plain(value), places=places, secrets=secrets)
     except (AnsibleError, KeyError, TypeError, ValueError) as error:
-        undecryptable = secret or "decrypt" in str(error)
         _collect_places(source, (), places)
-        return RawValue(places=places, error=_first_line(error), secret=undecryptable)
+        undecryptable = type(source).__name__ == "EncryptedString" or "decrypt" in str(error)
+        return RawValue(places=places, error=_first_line(error), undecryptable=undecryptable)
+
+
+def _secrets(value: Any) -> frozenset[str]:
+    """Texts that came out of a vault: encrypted by themselves, or in a file that is."""
+    if isinstance(value, dict):
+        return frozenset().union(*map(_secrets, value.values()))
+    if isinstance(value, (list, tuple)):
+        return frozenset().union(*map(_secrets, value))
+    # What is still encrypted here shows up in the rendered value, or stays unknown.
+    if Origin is None or value is None or isinstance(value, bool) or type(value).__name__ == "EncryptedString":
+        return frozenset()
+    origin = Origin.get_tag(value)
+    hidden = VaultedValue.is_tagged_on(value) or (origin is not None and origin.path and _encrypted(str(origin.path)))
+    return frozenset({str(value)}) if hidden else frozenset()
+
+
+@cache
+def _encrypted(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(14) == b"$ANSIBLE_VAULT"
+    except OSError:
+        return False
+
+
+def _unreadable(error: AnsibleError) -> Finding:
+    """A file that Ansible could not read, with the place that it names."""
+    cause: BaseException | None = error
+    place = None
+    while cause is not None and place is None:
+        place = _place(getattr(cause, "obj", None))
+        cause = cause.__cause__
+    return Finding(place or Place(), "file", f"does not parse: {_first_line(error)}", "mend the YAML there")
 
 
 def _collect_places(value: Any, path: tuple[str | int, ...], places: dict[tuple[str | int, ...], Place]) -> None:
@@ -131,8 +168,10 @@ def _place(value: Any) -> Place | None:
     if Origin is None or value is None:
         return None
     origin = Origin.get_tag(value)
-    if origin is None or not origin.path:
+    if origin is None:
         return None
+    if not origin.path:
+        return Place("-e") if "'-e'" in str(origin.description) else None
     return Place(_relative(str(origin.path)), origin.line_num or 0)
 
 

@@ -130,7 +130,6 @@ SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY"
 SCHEMA_CHECK = r"""
 import json, sys, typing
 from pydantic import BaseModel, ValidationError
-from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 def models(annotation):
@@ -506,6 +505,8 @@ def read_token(path):
 def normalise(module, config, have):
     """Both sides as Ray's schema sees them; refuses what the schema refuses or does not know."""
     python = module.params["ray_python"]
+    if not os.path.exists(python):
+        raise ServeError("there is no Ray environment on the head: %s is missing" % python)
     apps = {name: app.get("deployed_app_config") for name, app in have["applications"].items()}
     given = {"config": config, "have": {name: data for name, data in apps.items() if data}}
     env = dict(module.params["environment"], RAY_USAGE_STATS_ENABLED="0", DO_NOT_TRACK="1")

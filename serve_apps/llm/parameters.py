@@ -110,14 +110,23 @@ class FolderModel(_Parameters):
     folder: Annotated[str, AfterValidator(_absolute), Field(description="absolute path on the hosts")]
 
 
-def _source_kind(value: Any) -> str:
-    if isinstance(value, FolderModel) or (isinstance(value, dict) and "folder" in value):
+def _source_kind(value: Any) -> str | None:
+    if isinstance(value, FolderModel):
         return "folder"
-    return "make"
+    if isinstance(value, MadeModel):
+        return "make"
+    if isinstance(value, dict):
+        return next((key for key in ("make", "folder") if key in value), None)
+    return None
 
 
 ModelSource = Annotated[
-    Annotated[MadeModel, Tag("make")] | Annotated[FolderModel, Tag("folder")], Discriminator(_source_kind)
+    Annotated[MadeModel, Tag("make")] | Annotated[FolderModel, Tag("folder")],
+    Discriminator(
+        _source_kind,
+        custom_error_type="model_source",
+        custom_error_message="must be {make: tiny-llama} or {folder: /path}",
+    ),
 ]
 
 

@@ -1,0 +1,528 @@
+"""ray_serve_config: the plan as a table, and the module against answers recorded from Ray 2.60.0."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = Path(__file__).parent / "fixtures"
+TOKEN = "0123456789abcdef"
+
+Json = dict[str, Any]
+
+
+def load_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ray_serve_config", ROOT / "plugins/modules/ray_serve_config.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+serve = load_module()
+
+
+def recorded(name: str) -> Any:
+    return json.loads((FIXTURES / f"{name}.json").read_text())
+
+
+def wanted(have: Json, **changes: Any) -> Json:
+    """The normalised config that is exactly what runs."""
+    want = {
+        "proxy_location": have.get("proxy_location", "EveryNode"),
+        "http_options": have.get("http_options", {"host": "127.0.0.1", "port": 8000}),
+        "grpc_options": have.get("grpc_options", {"port": 9000}),
+        "target_capacity": None,
+        "applications": {name: app["deployed_app_config"] for name, app in have["applications"].items()},
+    }
+    return copy.deepcopy({**want, **changes})
+
+
+def only(todo: Json) -> Json:
+    """What is in the plan, without what is empty."""
+    return {name: value for name, value in todo.items() if value}
+
+
+# --------------------------------------------------------------------------- plan
+
+
+def test_the_schema_makes_both_sides_equal() -> None:
+    """What Serve says it runs is what was asked for, once both went through the schema: 2 and 2.0 included."""
+    check = recorded("schema_llm")["answer"]
+    assert check["errors"] == check["unknown"] == []
+    have = recorded("running_llm")
+    have["applications"]["tiny"]["deployed_app_config"] = check["have"]["tiny"]
+    todo = serve.plan(have, check["want"])
+    assert only(todo) == {"unchanged": ["tiny"]}
+    assert not serve.is_change(todo)
+
+
+def add(have: Json, want: Json) -> None:
+    want["applications"]["new"] = {"name": "new"}
+
+
+def change(have: Json, want: Json) -> None:
+    want["applications"]["hello"]["route_prefix"] = "/other"
+
+
+def remove(have: Json, want: Json) -> None:
+    del want["applications"]["hello"]
+
+
+def imperative(have: Json, want: Json) -> None:
+    del want["applications"]["hello"]
+    have["applications"]["hello"]["source"] = "imperative"
+
+
+def leaving(have: Json, want: Json) -> None:
+    del want["applications"]["hello"]
+    have["applications"]["hello"]["status"] = "DELETING"
+
+
+def wanted_again(have: Json, want: Json) -> None:
+    have["applications"]["hello"]["status"] = "DELETING"
+
+
+def never_deployed_by_config(have: Json, want: Json) -> None:
+    have["applications"]["hello"]["deployed_app_config"] = None
+
+
+def port(have: Json, want: Json) -> None:
+    want["http_options"]["port"] = 8001
+
+
+def location(have: Json, want: Json) -> None:
+    want["proxy_location"] = "HeadOnly"
+
+
+def capacity(have: Json, want: Json) -> None:
+    want["target_capacity"] = 50.0
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda have, want: None, {"unchanged": ["hello"]}),
+        (add, {"added": ["new"], "unchanged": ["hello"]}),
+        (change, {"changed": ["hello"]}),
+        (remove, {"removed": ["hello"]}),
+        (imperative, {"foreign": ["hello"]}),
+        (leaving, {}),
+        (wanted_again, {"added": ["hello"]}),
+        (never_deployed_by_config, {"changed": ["hello"]}),
+        (port, {"unchanged": ["hello"], "fixed": [["http_options.port", 8000, 8001]]}),
+        (location, {"unchanged": ["hello"], "fixed": [["proxy_location", "EveryNode", "HeadOnly"]]}),
+        (capacity, {"unchanged": ["hello"], "capacity": True}),
+    ],
+)
+def test_plan(edit: Callable[[Json, Json], None], expected: Json) -> None:
+    have = recorded("running_hello")
+    want = wanted(have)
+    edit(have, want)
+    todo = serve.plan(have, want)
+    assert only(todo) == expected
+    quiet = {"unchanged", "foreign", "fixed"}
+    assert serve.is_change(todo) == bool(set(expected) - quiet)
+
+
+@pytest.mark.parametrize(
+    ("state", "failed", "deleted_first"),
+    [
+        ("build_failed", ["nomod"], []),
+        ("replica_failed", ["broken"], ["broken"]),
+        ("unhealthy", ["sick"], ["sick"]),
+        ("unschedulable", [], []),
+    ],
+)
+def test_failed_apps_are_deployed_again(state: str, failed: list[str], deleted_first: list[str]) -> None:
+    have = recorded(state)
+    todo = serve.plan(have, wanted(have))
+    assert todo["failed"] == failed
+    assert serve.is_change(todo) == bool(failed)
+    assert serve.restartable(have, todo["failed"]) == deleted_first
+
+
+def test_an_unhealthy_app_keeps_the_replicas_that_it_has() -> None:
+    have = recorded("unhealthy")
+    have["applications"]["sick"]["deployments"]["Sick"]["replicas"][0]["state"] = "RUNNING"
+    assert serve.restartable(have, ["sick"]) == []
+
+
+def test_options_of_a_serve_that_does_not_run_are_free() -> None:
+    have = recorded("empty")
+    want = wanted(have, http_options={"host": "0.0.0.0", "port": 1234}, applications={"new": {"name": "new"}})
+    assert only(serve.plan(have, want)) == {"added": ["new"]}
+
+
+# --------------------------------------------------------------------------- what people read
+
+
+def test_summary_has_replicas_and_their_nodes() -> None:
+    app = serve.summary(recorded("running_llm"))["tiny"]
+    assert (app["name"], app["status"], app["route_prefix"]) == ("tiny", "RUNNING", "/")
+    server = app["deployments"]["LLMServer:tiny-llama"]
+    assert (server["status"], server["running_replicas"], server["target_replicas"]) == ("HEALTHY", 1, 1)
+    assert set(server["replicas"][0]) == {"id", "state", "node_id", "node_ip", "pid"}
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "says"),
+    [
+        ("build_failed", "nomod", ["is DEPLOY_FAILED", "ModuleNotFoundError: No module named 'nosuchmodule'"]),
+        (
+            "replica_failed",
+            "broken",
+            [
+                "Broken is DEPLOY_FAILED with 0 of 1 replicas",
+                "RuntimeError: no weights in /nowhere",
+                "replica_broken_Broken_",
+            ],
+        ),
+        ("unhealthy", "sick", ["is UNHEALTHY", "RuntimeError: the disk is full"]),
+        ("unschedulable", "big", ["taken more than 30s to be scheduled", '{"CPU": 64.0}']),
+    ],
+)
+def test_a_complaint_holds_what_happened_and_no_traceback(state: str, name: str, says: list[str]) -> None:
+    text = serve.complaint(name, recorded(state)["applications"][name])
+    for part in says:
+        assert part in text
+    assert "Traceback" not in text
+    assert 'File "' not in text
+    assert "\x1b" not in text
+
+
+def test_the_diff_hides_what_looks_secret() -> None:
+    have = recorded("running_llm")
+    want = wanted(have)
+    env = want["applications"]["tiny"]["args"]["llm_configs"][0]["runtime_env"]["env_vars"]
+    env.update(HF_TOKEN="hf_verysecret", NCCL_DEBUG="INFO")
+    shown = json.dumps(serve.difference(have, want, serve.plan(have, want)))
+    assert "hf_verysecret" not in shown
+    assert "NCCL_DEBUG" in shown
+
+
+def test_unknown_keys_are_named_with_those_that_exist() -> None:
+    found = dict(recorded("schema_wrong")["answer"]["unknown"])
+    assert "max_ongoing_requests" in found["applications[hello].deployments[Hello].max_concurrent_queries"]
+    scaling = "applications[hello].deployments[Hello].autoscaling_config.target_num_ongoing_requests_per_replica"
+    assert "target_ongoing_requests" in found[scaling]
+    assert "applications" in found["bogus"]
+
+
+@pytest.mark.parametrize(
+    ("status", "trigger", "ready"),
+    [
+        ("HEALTHY", "CONFIG_UPDATE_COMPLETED", True),
+        ("UPSCALING", "AUTOSCALING", True),
+        ("DOWNSCALING", "AUTOSCALING", True),
+        ("UPSCALING", "CONFIG_UPDATE_STARTED", False),
+        ("UPDATING", "CONFIG_UPDATE_STARTED", False),
+        ("UNHEALTHY", "HEALTH_CHECK_FAILED", False),
+    ],
+)
+def test_ready_means_every_deployment(status: str, trigger: str, ready: bool) -> None:
+    app = recorded("running_llm")["applications"]["tiny"]
+    app["deployments"]["OpenAiIngress"].update(status=status, status_trigger=trigger)
+    assert serve.is_ready(app) is ready
+
+
+# --------------------------------------------------------------------------- over HTTP
+
+
+class Dashboard:
+    """Ray's dashboard as far as the module sees it: recorded answers, and what was sent."""
+
+    def __init__(self) -> None:
+        self.answers: list[Json] = [recorded("empty")]
+        self.sent: list[tuple[str, Json | None]] = []
+        self.put_answer = (200, "")
+        dashboard = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def reply(self, code: int, text: str) -> None:
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def refused(self) -> bool:
+                given = self.headers.get("Authorization")
+                if given is None:
+                    self.reply(401, "Unauthorized: Missing authentication token")
+                elif given != f"Bearer {TOKEN}":
+                    self.reply(403, "Forbidden: Invalid authentication token")
+                return given != f"Bearer {TOKEN}"
+
+            def do_GET(self) -> None:
+                if not self.refused():
+                    answers = dashboard.answers
+                    self.reply(200, json.dumps(answers.pop(0) if len(answers) > 1 else answers[0]))
+
+            def do_PUT(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if not self.refused():
+                    dashboard.sent.append(("PUT", body))
+                    self.reply(*dashboard.put_answer)
+
+            def do_DELETE(self) -> None:
+                if not self.refused():
+                    dashboard.sent.append(("DELETE", None))
+                    self.reply(200, "")
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
+    monkeypatch.setattr(serve.time, "sleep", lambda seconds: None)
+    running = Dashboard()
+    yield running
+    running.server.shutdown()
+    running.server.server_close()
+
+
+def test_the_client_ignores_proxies_of_the_environment(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert serve.Client(dashboard.url, TOKEN).get() == recorded("empty")
+
+
+@pytest.mark.parametrize(("token", "says"), [(None, "wants a token and got none"), ("wrong", "refuses the token")])
+def test_a_wrong_token_is_told_with_the_fix(dashboard: Dashboard, token: str | None, says: str) -> None:
+    with pytest.raises(serve.ServeError, match=says) as caught:
+        serve.Client(dashboard.url, token).get()
+    assert "token_file" in str(caught.value)
+
+
+def test_no_head_is_told_with_the_fix(dashboard: Dashboard) -> None:
+    dashboard.server.shutdown()
+    dashboard.server.server_close()
+    with pytest.raises(serve.NotReachable, match="Is the head started"):
+        serve.Client(dashboard.url, TOKEN).get()
+
+
+def test_a_refused_config_is_told_in_serves_words(dashboard: Dashboard) -> None:
+    dashboard.put_answer = (400, "1 validation error for ServeDeploySchema")
+    with pytest.raises(serve.ServeError, match="refused the config: 1 validation error"):
+        serve.Client(dashboard.url, TOKEN).put({})
+
+
+def answer_with(name: str, status: str, time: float) -> Json:
+    have: Json = recorded("running_hello")
+    have["applications"]["hello"].update(status=status, last_deployed_time_s=time)
+    return have
+
+
+def test_waits_until_the_apps_run(dashboard: Dashboard) -> None:
+    dashboard.answers = [
+        recorded("empty"),
+        answer_with("hello", "DEPLOYING", 2.0),
+        answer_with("hello", "RUNNING", 2.0),
+    ]
+    client = serve.Client(dashboard.url, TOKEN)
+    have = serve.wait_ready(client, ["hello"], {}, 60, sleep=lambda seconds: None)
+    assert have["applications"]["hello"]["status"] == "RUNNING"
+
+
+def test_an_old_failure_is_no_news_and_a_new_one_is(dashboard: Dashboard) -> None:
+    old = answer_with("hello", "DEPLOY_FAILED", 1.0)
+    dashboard.answers = [old, old, answer_with("hello", "RUNNING", 2.0)]
+    client = serve.Client(dashboard.url, TOKEN)
+    serve.wait_ready(client, ["hello"], {"hello": 1.0}, 60, sleep=lambda seconds: None)
+
+    dashboard.answers = [old, answer_with("hello", "DEPLOY_FAILED", 2.0)]
+    with pytest.raises(serve.ServeError, match="app hello is DEPLOY_FAILED") as caught:
+        serve.wait_ready(client, ["hello"], {"hello": 1.0}, 60, sleep=lambda seconds: None)
+    assert caught.value.have["applications"]["hello"]["last_deployed_time_s"] == 2.0
+
+
+def test_says_what_is_late(dashboard: Dashboard) -> None:
+    dashboard.answers = [recorded("unschedulable")]
+    ticks = iter(range(0, 1000, 10))
+    client = serve.Client(dashboard.url, TOKEN)
+    with pytest.raises(serve.ServeError, match="not ready after 30 s:\napp big is DEPLOYING"):
+        serve.wait_ready(client, ["hello", "big"], {}, 30, clock=lambda: next(ticks), sleep=lambda seconds: None)
+
+
+# --------------------------------------------------------------------------- the whole module
+
+
+class Exit(Exception):
+    def __init__(self, result: Json, failed: bool) -> None:
+        super().__init__(result.get("msg", ""))
+        self.result = result
+        self.failed = failed
+
+
+class FakeAnsible:
+    """AnsibleModule at its edges: parameters in, one result out, and the schema check as it was recorded."""
+
+    def __init__(self, params: Json, check_mode: bool) -> None:
+        self.params = params
+        self.check_mode = check_mode
+        self.warnings: list[str] = []
+        self.checked: list[Json] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def run_command(self, command: list[str], data: str, **_: Any) -> tuple[int, str, str]:
+        given = json.loads(data)
+        self.checked.append(given)
+        applications = {app["name"]: app for app in given["config"]["applications"]}
+        defaults = recorded("schema_llm")["answer"]["want"]
+        want = {**defaults, "applications": applications}
+        want["http_options"] = {**defaults["http_options"], **given["config"].get("http_options", {})}
+        return 0, "\n" + json.dumps({"unknown": [], "errors": [], "want": want, "have": given["have"]}), ""
+
+    def exit_json(self, **result: Any) -> None:
+        raise Exit(result, False)
+
+    def fail_json(self, **result: Any) -> None:
+        raise Exit(result, True)
+
+
+def run(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_mode: bool = False, **params: Any
+) -> Exit:
+    token = tmp_path / "token"
+    token.write_text(TOKEN + "\n")
+    given = {
+        "state": "present",
+        "url": dashboard.url,
+        "token_file": str(token),
+        "config": None,
+        "ray_python": __file__,  # has to be there; the recorded schema check stands for it
+        "environment": {},
+        "wait_timeout_s": 60,
+        **params,
+    }
+    module = FakeAnsible(given, check_mode)
+    monkeypatch.setattr(serve, "AnsibleModule", lambda **_: module)
+    with pytest.raises(Exit) as caught:
+        serve.main()
+    caught.value.result["warnings"] = module.warnings
+    return caught.value
+
+
+def config_of(have: Json, **changes: Any) -> Json:
+    return {
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "applications": [app["deployed_app_config"] for app in have["applications"].values()],
+        **changes,
+    }
+
+
+def test_nothing_is_sent_when_nothing_differs(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have = recorded("running_llm")
+    dashboard.answers = [have]
+    done = run(dashboard, tmp_path, monkeypatch, config=config_of(have))
+    assert not done.failed, done
+    assert done.result["changed"] is False
+    assert done.result["plan"]["unchanged"] == ["tiny"]
+    assert list(done.result["proxies"].values()) == ["HEALTHY"]
+    assert dashboard.sent == []
+
+
+def test_the_whole_config_is_sent_on_a_difference(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have = answer_with("hello", "RUNNING", 1.0)
+    config = config_of(have)
+    config["applications"][0]["route_prefix"] = "/other"
+    dashboard.answers = [answer_with("hello", "RUNNING", 1.0), answer_with("hello", "RUNNING", 2.0)]
+    done = run(dashboard, tmp_path, monkeypatch, config=config)
+    assert not done.failed, done
+    assert done.result["plan"]["changed"] == ["hello"]
+    assert dashboard.sent == [("PUT", config)]
+    assert '"/hello"' in done.result["diff"]["before"]
+    assert '"/other"' in done.result["diff"]["after"]
+
+
+def test_check_mode_sends_nothing(dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dashboard.answers = [recorded("running_hello")]
+    done = run(dashboard, tmp_path, monkeypatch, check_mode=True, config={"applications": []})
+    assert (done.failed, done.result["changed"]) == (False, True)
+    assert done.result["plan"]["removed"] == ["hello"]
+    assert dashboard.sent == []
+
+
+def test_check_mode_before_there_is_a_cluster(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard.server.shutdown()
+    dashboard.server.server_close()
+    missing = str(tmp_path / "not-yet")
+    config = {"applications": [{"name": "new"}]}
+    for ray_python in (__file__, missing):
+        done = run(dashboard, tmp_path, monkeypatch, True, config=config, ray_python=ray_python, token_file=missing)
+        assert (done.failed, done.result["changed"]) == (False, True)
+        assert done.result["plan"]["added"] == ["new"]
+        assert done.result["warnings"]
+
+
+def test_a_failed_app_is_taken_away_and_sent_again(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have = recorded("replica_failed")
+    gone = copy.deepcopy(have)
+    del gone["applications"]["broken"]
+    well = copy.deepcopy(have)
+    well["applications"]["broken"].update(status="RUNNING", last_deployed_time_s=9e9)
+    well["applications"]["broken"]["deployments"]["Broken"]["status"] = "HEALTHY"
+    dashboard.answers = [have, gone, well]
+    config = config_of(have)
+    done = run(dashboard, tmp_path, monkeypatch, config=config)
+    assert not done.failed, done
+    assert (done.result["changed"], done.result["plan"]["failed"]) == (True, ["broken"])
+    names = [sorted(app["name"] for app in body["applications"]) for _, body in dashboard.sent if body]
+    assert names == [["hello"], ["broken", "hello"]]
+
+
+def test_options_that_cannot_change_fail_and_nothing_is_sent(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have = recorded("running_hello")
+    dashboard.answers = [have]
+    config = config_of(have, http_options={"host": "127.0.0.1", "port": 8001})
+    done = run(dashboard, tmp_path, monkeypatch, config=config)
+    assert done.failed
+    assert "http_options.port is 8000, declared is 8001" in str(done)
+    assert "state=absent" in str(done)
+    assert dashboard.sent == []
+
+
+def test_absent_shuts_serve_down_once(dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dashboard.answers = [recorded("running_hello"), recorded("empty")]
+    done = run(dashboard, tmp_path, monkeypatch, state="absent")
+    assert (done.result["changed"], done.result["plan"]["removed"]) == (True, ["hello"])
+    assert dashboard.sent == [("DELETE", None)]
+    assert run(dashboard, tmp_path, monkeypatch, state="absent").result["changed"] is False
+    assert dashboard.sent == [("DELETE", None)]
+
+
+@pytest.mark.parametrize("text", ["", "two words", "two\nlines"])
+def test_a_token_file_holds_one_token(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = tmp_path / "other"
+    path.write_text(text)
+    done = run(dashboard, tmp_path, monkeypatch, token_file=str(path), config={"applications": []})
+    assert done.failed
+    assert "token file" in str(done)
