@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.clusterkit
+TESTS  := $(VENV)/.clusterkit-tests
 
 .PHONY: venv deploy test test-slow lint clean
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ help:
 
 venv: $(STAMP)
 
-# The kit from this checkout, with what its tests need: one environment for users and tests.
+# The kit from this checkout.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "clusterkit needs Python 3.11 to 3.13, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." >&2; \
@@ -21,22 +22,29 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "$(PYTHON) cannot make environments. Install it: apt-get install -y python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $(STAMP)
+
+# What the tests need besides; users need none of it.
+$(TESTS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(TESTS)
 
 deploy: $(STAMP)
 	$(BIN)/python -m clusterkit deploy -i inventory/local
 
-lint: $(STAMP)
+lint: $(TESTS)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline --quiet
 
-test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+# -rs: what was skipped, and why, stands at the end.
+test: $(TESTS) lint
+	$(BIN)/python -m pytest -rs -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)
+test-slow: $(TESTS)
+	$(BIN)/python -m pytest -rs -m "slow" $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .ansible

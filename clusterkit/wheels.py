@@ -164,7 +164,8 @@ def _resolve(wish: Wish, target: Target, other_pythons: Sequence[str]) -> list[s
 def _uv(wish: Wish, target: Target) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         wanted = Path(folder) / "requirements.in"
-        wanted.write_text("\n".join(wish.requirements) + "\n", encoding="utf-8")
+        # pip is pinned too: a host whose Python has no ensurepip gets it from the wheelhouse.
+        wanted.write_text("\n".join([*wish.requirements, "pip"]) + "\n", encoding="utf-8")
         command = [
             *(_uv_binary(), "pip", "compile", str(wanted), "--no-header", "--no-annotate", "--quiet"),
             *("--python-version", target.python),

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path as FilePath
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from clusterkit.spec.facts import AppFacts, ClusterFacts
 from clusterkit.spec.findings import Finding, Place, did_you_mean
@@ -25,70 +22,15 @@ REMOVED_SERVE_OPTIONS = {
 }
 
 TOLERANCE = 1e-9
-YAML_SUFFIXES = {".yml", ".yaml", ".json"}
-
-
-def sources(raw: RawInventory) -> list[Finding]:
-    """Sources that are not there or do not parse: Ansible passes over them with a warning."""
-    findings = []
-    for source in raw.sources:
-        path = FilePath(source)
-        if path.exists():
-            findings += unparsable([path] if path.is_file() else sorted(path.glob("*.y*ml")))
-        elif "," not in source:  # a list of hosts is no file
-            findings.append(
-                Finding(
-                    Place(source), "inventory", "no such file or folder", "name one with -i, such as inventory/local"
-                )
-            )
-    return findings
 
 
 def empty_inventory(raw: RawInventory) -> list[Finding]:
-    """Why there is no host: the source is missing, does not parse, or holds none."""
-    findings = sources(raw)
-    for source in raw.sources:
-        path = FilePath(source)
-        if path.is_file() and path.suffix not in YAML_SUFFIXES and not findings:
-            problem = "Ansible finds no host in it"
-            findings.append(
-                Finding(Place(source), "inventory", problem, f"see what it says: ansible-inventory -i {source} --graph")
-            )
-    if not findings:
-        place = Place(raw.sources[0]) if raw.sources else Place()
-        findings.append(
-            Finding(
-                place, "inventory", "no host in it", "add hosts to ray_head and ray_workers, or name another with -i"
-            )
-        )
-    return findings
-
-
-def unparsable(files: Iterable[FilePath]) -> list[Finding]:
-    """YAML files that do not parse, or that hold something else than variables or groups."""
-    findings = []
-    for file in files:
-        if file.suffix not in YAML_SUFFIXES:
-            continue
-        try:
-            root = yaml.compose(file.read_text(encoding="utf-8"))
-        except OSError:
-            continue  # Ansible says so itself
-        except UnicodeDecodeError:
-            findings.append(Finding(Place(str(file)), "inventory", "is not text in UTF-8", "rewrite the file"))
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 0
-            findings.append(
-                Finding(Place(str(file), line), "inventory", f"does not parse: {error.problem}", "mend the YAML there")
-            )
-        except yaml.YAMLError:
-            findings.append(Finding(Place(str(file)), "inventory", "does not parse", "mend the YAML there"))
-        else:
-            if root is not None and not isinstance(root, yaml.MappingNode):
-                findings.append(
-                    Finding(Place(str(file), 1), "inventory", "is no YAML mapping", "begin with `all:`, or `name: value`")
-                )
-    return findings
+    """There is no host, and no file that says why."""
+    source = raw.sources[0] if raw.sources else ""
+    fix = "add hosts to ray_head and ray_workers, or name another with -i"
+    if source:
+        fix += f"; what Ansible makes of it: ansible-inventory -i {source} --graph"
+    return [Finding(Place(source), "inventory", "no host in it", fix)]
 
 
 def groups(raw: RawInventory) -> list[Finding]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from clusterkit.spec import checks
 from clusterkit.spec.cluster import App, ClusterSpec, Host, Model, Pool
@@ -45,10 +47,12 @@ class _Loader:
     def __init__(self, raw: RawInventory) -> None:
         self.raw = raw
         self.findings: list[Finding] = []
+        self.readers: dict[str, tuple[str, ...]] = {}
 
     def load(self) -> tuple[ClusterSpec | None, list[Finding]]:
         if not self.raw.hosts:
-            return None, checks.empty_inventory(self.raw)
+            return None, merge(self.raw.broken or checks.empty_inventory(self.raw))
+        self.findings += self.raw.broken
         self.findings += checks.groups(self.raw)
         self.findings += checks.unresolved(self.raw)
         self.findings += checks.role_variables(self.raw)
@@ -61,7 +65,7 @@ class _Loader:
         self.findings += checks.capacity(apps, pools, cluster_values.get("apps", RawValue()))
         if facts is not None:
             self.findings += checks.ports(facts, cluster_values.get("ports"))
-        found = merge(self.findings)
+        found = merge(self._told(finding) for finding in self.findings)
         if found or facts is None or stack is None or hosts is None:
             return None, found
         head = self.raw.group(HEAD_GROUP)[0]
@@ -69,6 +73,21 @@ class _Loader:
             facts=facts, stack=stack, head=head, hosts=hosts, pools=pools, apps=tuple(app for _, app in apps)
         )
         return spec, []
+
+    def _told(self, finding: Finding) -> Finding:
+        """With the hosts that read the cluster's fact, and without any secret."""
+        named = [word for word in re.findall(rf"{PREFIX}(\w+)", finding.subject) if word in self.readers]
+        if named and not finding.hosts:
+            finding = replace(finding, hosts=self.readers[named[0]])
+        return finding.without(self.secrets)
+
+    @cached_property
+    def secrets(self) -> list[str]:
+        """Longest first, so that none is left as a part. Very short ones would blank out half the words."""
+        found = {
+            secret for variables in self.raw.hosts.values() for value in variables.values() for secret in value.secrets
+        }
+        return sorted((secret for secret in found if len(secret) > 3), key=lambda secret: (-len(secret), secret))
 
     # --- variables -------------------------------------------------------------------------------
 
@@ -87,32 +106,39 @@ class _Loader:
                         )
                     )
 
-    def _collect(self, scope: str, hosts: Iterable[str]) -> tuple[dict[str, RawValue], dict[str, list[str]]]:
-        """The values of one scope over `hosts`, with a finding where hosts disagree."""
+    def _collect(self, scope: str, hosts: Iterable[str]) -> tuple[dict[str, RawValue], dict[str, tuple[str, ...]]]:
+        """The values of one scope over `hosts`, and who reads each; a finding where hosts disagree."""
         values: dict[str, RawValue] = {}
-        owners: dict[str, list[str]] = {}
+        readers: dict[str, list[str]] = {}
         names = list(hosts)
         for host in names:
             for variable, value in self.raw.hosts.get(host, {}).items():
                 field = variable.removeprefix(PREFIX)
                 if not variable.startswith(PREFIX) or scope_of(field) != scope:
                     continue
-                owners.setdefault(field, []).append(host)
                 known = values.setdefault(field, value)
                 if known.error is None and value.error is None and known.value != value.value:
-                    home = "group_vars/all" if scope == "cluster" else "the pool's group_vars"
-                    self.findings.append(
-                        Finding(
-                            value.place(),
-                            variable,
-                            f"differs between hosts, and is a fact of the {scope}",
-                            f"set it once, in {home}",
-                            (host,),
-                        )
-                    )
-        return values, owners
+                    self._disagreement(scope, variable, value, [host])
+                else:
+                    readers.setdefault(field, []).append(host)
+        for field, having in readers.items():
+            lacking = [host for host in names if PREFIX + field not in self.raw.hosts.get(host, {})]
+            if lacking:
+                self._disagreement(scope, PREFIX + field, values[field], having)
+        return values, {field: tuple(having) for field, having in readers.items()}
 
-    def _validate(self, model: type[T], values: Mapping[str, RawValue], hosts: tuple[str, ...]) -> T | None:
+    def _disagreement(self, scope: str, variable: str, value: RawValue, hosts: list[str]) -> None:
+        home = "group_vars/all" if scope == "cluster" else "the pool's group_vars"
+        problem = f"differs between hosts, and is a fact of the {scope}"
+        self.findings.append(Finding(value.place(), variable, problem, f"set it once, in {home}", tuple(hosts)))
+
+    def _validate(
+        self,
+        model: type[T],
+        values: Mapping[str, RawValue],
+        readers: Mapping[str, tuple[str, ...]],
+        hosts: tuple[str, ...],
+    ) -> T | None:
         """A model of the values that could be resolved; findings for what does not fit."""
         good = {name: value.value for name, value in values.items() if value.error is None}
         failed = {name for name, value in values.items() if value.error is not None}
@@ -123,27 +149,18 @@ class _Loader:
                 field = str(item["loc"][0]) if item["loc"] else ""
                 if field in failed:
                     continue
-                value = values.get(field, RawValue())
-                self._model_finding(model, PREFIX, item, value, hosts)
+                self._model_finding(model, item, values.get(field, RawValue()), readers.get(field, hosts))
         return None
 
-    def _model_finding(
-        self,
-        model: type[BaseModel],
-        prefix: str,
-        item: Any,
-        value: RawValue,
-        hosts: tuple[str, ...],
-        skip: int = 1,
-    ) -> None:
-        loc = _without_union_tags(item["loc"])
-        subject = prefix + _dotted(loc)
-        place = value.place(loc[skip:])
+    def _model_finding(self, model: type[BaseModel], item: Any, value: RawValue, hosts: tuple[str, ...]) -> None:
+        loc, owner = _user_path(model, item["loc"])
+        subject = PREFIX + _dotted(loc)
+        place = value.place(loc[1:])
         if item["type"] == "missing":
             parent = place if place.file else self._default_place()
-            self.findings.append(Finding(parent, subject, "is missing", _missing_fix(model, loc, subject), hosts))
+            self.findings.append(Finding(parent, subject, "is missing", _missing_fix(owner, loc, subject), hosts))
             return
-        problem, fix = _explain(model, loc, item)
+        problem, fix = _explain(owner, loc, item)
         self.findings.append(Finding(place, subject, problem, fix, hosts))
 
     def _default_place(self) -> Place:
@@ -157,8 +174,8 @@ class _Loader:
 
     def _cluster(self) -> tuple[ClusterFacts | None, dict[str, RawValue]]:
         members = self._members()
-        values, _ = self._collect("cluster", members)
-        return self._validate(ClusterFacts, values, ()), values
+        values, self.readers = self._collect("cluster", members)
+        return self._validate(ClusterFacts, values, self.readers, tuple(members)), values
 
     def _pools(self) -> dict[str, Pool]:
         pools: dict[str, Pool] = {}
@@ -169,8 +186,8 @@ class _Loader:
                     Finding(self.raw.place_of(name), name, "the pool has no host", "add hosts, or remove the group")
                 )
                 continue
-            values, _ = self._collect("pool", hosts)
-            facts = self._validate(PoolFacts, values, hosts)
+            values, readers = self._collect("pool", hosts)
+            facts = self._validate(PoolFacts, values, readers, hosts)
             if facts is None:
                 continue
             pools[name] = Pool(name=name, facts=facts, hosts=hosts)
@@ -182,8 +199,8 @@ class _Loader:
         pool_of = {host: pool for pool in self.raw.children.get(WORKER_GROUP, ()) for host in self.raw.group(pool)}
         complete = True
         for name in self._members():
-            values, _ = self._collect("host", [name])
-            facts = self._validate(HostFacts, values, (name,))
+            values, readers = self._collect("host", [name])
+            facts = self._validate(HostFacts, values, readers, (name,))
             if facts is None:
                 complete = False
                 continue
@@ -312,15 +329,15 @@ class _Loader:
             for item in error.errors(include_url=False, include_input=False):
                 if checks.is_removed_option(item["loc"]):
                     continue  # reported by name, with today's
-                path = _without_union_tags(item["loc"])
-                subject = f"clusterkit_apps[{index}].parameters."
-                place = value.place((index, "parameters", *path))
+                path, owner = _user_path(template.parameters, item["loc"])
+                whole: Path = (index, "parameters", *path)
+                subject = PREFIX + _dotted(("apps", *whole))
                 if item["type"] == "missing":
                     fix = f"set it; see serve_apps/{template.name}/README.md"
-                    self.findings.append(Finding(place, subject + _dotted(path), "is missing", fix))
+                    self.findings.append(Finding(value.place(whole), subject, "is missing", fix))
                     continue
-                problem, fix = _explain(template.parameters, path, item)
-                self.findings.append(Finding(place, subject + _dotted(path), problem, fix))
+                problem, fix = _explain(owner, path, item)
+                self.findings.append(Finding(value.place(whole), subject, problem, fix))
         return None
 
     def _app_pool(self, index: int, app: AppFacts, pools: Mapping[str, Pool], value: RawValue) -> str | None:
@@ -371,12 +388,42 @@ def _model(source: Mapping[str, str], root: str) -> Model:
     return Model(id=source["id"], make=source["make"], folder=None, path=f"{root}/{slug}")
 
 
-def _without_union_tags(loc: Iterable[str | int]) -> Path:
-    """pydantic names the member of a union at the end of a path; a user knows the field only."""
+def _user_path(model: type[BaseModel], loc: Iterable[str | int]) -> tuple[Path, type[BaseModel] | None]:
+    """The path as a user writes it, and the model that owns its last key.
+
+    pydantic names the chosen member of a union inside the path; in the inventory there is no such key.
+    """
     parts = list(loc)
     while len(parts) > 1 and parts[-1] in {"int", "float", "str", "bool"}:
         parts.pop()
-    return tuple(parts)
+    path: list[str | int] = []
+    owner: type[BaseModel] | None = model
+    inner: type[BaseModel] | None = model
+    members: dict[str, type[BaseModel]] = {}
+    for part in parts:
+        if part in members:
+            inner = members[str(part)]
+        elif isinstance(part, int):
+            path.append(part)
+        else:
+            path.append(part)
+            owner = inner
+            field = owner.model_fields.get(part) if owner is not None else None
+            inner = _inner_model(field.annotation) if field is not None else None
+            members = _members(field.annotation) if field is not None else {}
+            continue
+        members = {}
+    return tuple(path), owner
+
+
+def _members(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The members of a tagged union by their tags."""
+    found: dict[str, type[BaseModel]] = {}
+    for member in get_args(annotation):
+        for mark in getattr(member, "__metadata__", ()):
+            if isinstance(mark, Tag):
+                found[mark.tag] = get_args(member)[0]
+    return found
 
 
 def _dotted(loc: Path) -> str:
@@ -389,17 +436,6 @@ def _dotted(loc: Path) -> str:
     return text
 
 
-def _model_at(model: type[BaseModel], loc: Path) -> type[BaseModel] | None:
-    """The model that owns the last part of `loc`, where the path leads through nested models."""
-    current: type[BaseModel] | None = model
-    for part in loc[:-1]:
-        if isinstance(part, int) or current is None:
-            continue
-        field = current.model_fields.get(part)
-        current = _inner_model(field.annotation) if field is not None else None
-    return current
-
-
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -410,19 +446,17 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _missing_fix(model: type[BaseModel], loc: Path, subject: str) -> str:
-    owner = _model_at(model, loc)
+def _missing_fix(owner: type[BaseModel] | None, loc: Path, subject: str) -> str:
     field = owner.model_fields.get(str(loc[-1])) if owner is not None else None
     what = f" ({field.description})" if field is not None and field.description else ""
     return f"set {subject}{what}"
 
 
-def _explain(model: type[BaseModel], loc: Path, item: Any) -> tuple[str, str]:
+def _explain(owner: type[BaseModel] | None, loc: Path, item: Any) -> tuple[str, str]:
     """Problem and fix of one pydantic error, in words; never the value itself."""
     leaf = next((str(part) for part in reversed(loc) if isinstance(part, str)), "")
     kind = item["type"]
     if kind == "extra_forbidden":
-        owner = _model_at(model, loc)
         known = sorted(owner.model_fields) if owner is not None else []
         return "no such key", did_you_mean(leaf, known) or f"one of {', '.join(known)}"
     for suffix, unit in _UNITS.items():
@@ -434,10 +468,11 @@ def _explain(model: type[BaseModel], loc: Path, item: Any) -> tuple[str, str]:
         return "has characters that are not allowed", f"must match {item['ctx']['pattern']}"
     if kind.split("_")[0] in {"int", "float"} and kind.endswith(("_type", "_parsing", "_from_float")):
         return "must be a number", "write the number alone, without quotes or a unit"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if kind == "value_error":
-        return message, "correct the value"
-    return message[0].lower() + message[1:], f"give {_type_name(kind)}"
+    message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    message = re.sub(r" or instance of \w+", "", message)
+    if kind.endswith("_type"):
+        return message, f"give {_type_name(kind)}"
+    return message, "correct the value"
 
 
 def _type_name(kind: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clusterkit.spec.findings import Place
+from clusterkit.spec.findings import Finding, Place
 
 Path = tuple[str | int, ...]
 
@@ -43,6 +43,7 @@ class RawInventory:
     groups    hosts of each group, by name
     children  direct child groups of each group
     sources   what was given as `-i`
+    broken    files that Ansible passed over or could not read
     role_options  option types of each role, from its argument_specs
     """
 
@@ -52,6 +53,7 @@ class RawInventory:
     sources: tuple[str, ...]
     places: Mapping[str, Place] = field(default_factory=dict)
     role_options: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    broken: tuple[Finding, ...] = ()
 
     def group(self, name: str) -> tuple[str, ...]:
         return tuple(self.groups.get(name, ()))

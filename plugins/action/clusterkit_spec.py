@@ -15,6 +15,7 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
 from clusterkit.render.serve import serve_config
+from clusterkit.spec.files import VAULT_HEADER, broken_sources
 from clusterkit.spec.findings import Finding, Place
 from clusterkit.spec.load import load
 from clusterkit.spec.raw import RawInventory, RawValue
@@ -54,13 +55,15 @@ class ActionModule(ActionBase):
         wanted = {name for specs in options.values() for name in specs}
         hosts = {host: self._variables(hostvars, host, options, wanted) for host in _hosts(task_vars["groups"])}
         sources = tuple(str(source) for source in task_vars.get("ansible_inventory_sources") or ())
+        shown = tuple(_relative(source) for source in sources)
         return RawInventory(
             hosts=hosts,
             groups={name: tuple(members) for name, members in task_vars["groups"].items()},
             children={name: tuple(c.name for c in group.child_groups) for name, group in tree.items()},
-            sources=tuple(_relative(source) for source in sources),
+            sources=shown,
             places=_declared(sources),
             role_options=options,
+            broken=tuple(broken_sources(shown)),
         )
 
     def _variables(self, hostvars: Any, host: str, options: dict[str, Any], wanted: set[str]) -> dict[str, RawValue]:
@@ -122,7 +125,7 @@ def _secrets(value: Any) -> frozenset[str]:
 def _encrypted(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.read(14) == b"$ANSIBLE_VAULT"
+            return file.read(len(VAULT_HEADER)) == VAULT_HEADER.encode()
     except OSError:
         return False
 

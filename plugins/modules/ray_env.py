@@ -254,6 +254,7 @@ def present(module, params, interpreter, facts):
     changed = bool(fresh or missing or extra or read_lock(path) != lock)
     if changed and not module.check_mode:
         unpacked = None
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             if params["wheelhouse"] and (fresh or missing):
                 unpacked = tempfile.mkdtemp(prefix="wheelhouse-", dir=os.path.dirname(path))
