@@ -39,8 +39,8 @@ def check_openai(base_url: str, model: str = "tiny-llama") -> None:
 
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="no-such-model", messages=ask)
+    long = [{"role": "user", "content": "word " * 5000}]
     with pytest.raises(openai.BadRequestError):
-        long = [{"role": "user", "content": "word " * 5000}]
         client.chat.completions.create(model=model, messages=long)
 
 

@@ -150,6 +150,7 @@ def test_a_second_run_changes_nothing(person: Person, deployed: str) -> None:
     assert person.changed() == 0
 
 
+@pytest.mark.slow
 def test_a_stop_and_start_through_the_agent_changes_nothing(person: Person, deployed: str) -> None:
     stopped = person.run(*person.agent, "stop")
     assert json.loads(stopped.stdout)["changed"] is True, stopped.stderr
@@ -163,6 +164,7 @@ def test_a_stop_and_start_through_the_agent_changes_nothing(person: Person, depl
     assert person.changed() == 0
 
 
+@pytest.mark.slow
 def test_what_was_broken_by_hand_is_repaired(person: Person, deployed: str) -> None:
     """Each role's outcome, broken behind the kit's back: the next run sees and mends it."""
     share = person.home / ".local/share/clusterkit"
