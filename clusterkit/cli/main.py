@@ -16,6 +16,7 @@ from rich.table import Table
 from clusterkit import operations, workspace
 from clusterkit.cli import lab, output
 from clusterkit.errors import ClusterkitError, SpecError, UsageError
+from clusterkit.render.variables import variables
 from clusterkit.runner import Options
 from clusterkit.spec.stacks import table as stack_table
 
@@ -299,6 +300,12 @@ def render_serve(
         output.data(config)
     else:
         sys.stdout.write(yaml.safe_dump(config, sort_keys=False))
+
+
+@render.command("variables")
+def render_variables() -> None:
+    """Every variable of an inventory, as Markdown: docs/variables.md."""
+    sys.stdout.write(variables())
 
 
 # Typer brings its own click: its usage errors are found from a class that it makes public.

@@ -50,18 +50,18 @@ IpAddress = Annotated[str, AfterValidator(_ip)]
 class Ports(Facts):
     """TCP ports on every host. Ray refuses a port inside the workers' range."""
 
-    gcs: Port = 6379
-    dashboard: Port = 8265
-    client: Port = 10001
-    serve: Port = 8000
-    metrics: Port = 8090
-    agent_http: Port = 52365
-    agent_grpc: Port = 52366
-    node_manager: Port = 52367
-    object_manager: Port = 52368
-    runtime_env_agent: Port = 52369
-    worker_min: Port = 10002
-    worker_max: Port = 19999
+    gcs: Port = Field(6379, description="head: Ray's control plane, where workers join")
+    dashboard: Port = Field(8265, description="head: dashboard and REST API, on 127.0.0.1 only")
+    client: Port = Field(10001, description="head: Ray client")
+    serve: Port = Field(8000, description="the Serve proxy: the OpenAI API")
+    metrics: Port = Field(8090, description="Ray's metrics, for Prometheus; open without a token")
+    agent_http: Port = Field(52365, description="Ray's dashboard agent; node health")
+    agent_grpc: Port = Field(52366, description="Ray's dashboard agent")
+    node_manager: Port = Field(52367, description="raylet")
+    object_manager: Port = Field(52368, description="raylet, objects between hosts")
+    runtime_env_agent: Port = Field(52369, description="raylet, environments of tasks")
+    worker_min: Port = Field(10002, description="first port of Ray's worker processes")
+    worker_max: Port = Field(19999, description="last port of Ray's worker processes")
 
 
 class Paths(Facts):
@@ -80,59 +80,69 @@ class Paths(Facts):
 class Proxy(Facts):
     """Outgoing proxies, for every step that leaves a host."""
 
-    http: str | None = None
-    https: str | None = None
-    no_proxy: list[str] = []
+    http: str | None = Field(None, description="URL of the proxy for http")
+    https: str | None = Field(None, description="URL of the proxy for https")
+    no_proxy: list[str] = Field([], description="hosts and networks that are reached directly")
 
 
 class Mirrors(Facts):
     """On-prem mirrors; empty means the public original."""
 
-    pypi: str | None = Field(None, description="index URL for pip")
+    pypi: str | None = Field(None, description="index URL for pip; none: pip's own configuration")
 
 
 class ServeFacts(Facts):
     """Cluster-wide options of Ray Serve."""
 
-    http_host: str = "0.0.0.0"
-    proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"
-    request_timeout_s: Number | None = None
-    keep_alive_timeout_s: StrictInt = 5
+    http_host: str = Field("0.0.0.0", description="address that the proxies listen on; they ask nobody who he is")
+    proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = Field(
+        "EveryNode", description="EveryNode: the head and each node that holds a replica"
+    )
+    request_timeout_s: Number | None = Field(None, description="how long a request may take; none: as long as it likes")
+    keep_alive_timeout_s: StrictInt = Field(5, description="how long an idle connection is kept")
     ready_timeout_s: StrictInt = Field(900, gt=0, description="how long an app may take to become RUNNING")
 
 
 class LogRotation(Facts):
-    max_mib: StrictInt = Field(100, gt=0)
-    keep: StrictInt = Field(5, ge=1)
+    """Size and number of the kit's own logs."""
+
+    max_mib: StrictInt = Field(100, gt=0, description="size at which a log is rotated")
+    keep: StrictInt = Field(5, ge=1, description="rotated logs that are kept")
 
 
 class PoolScaling(Facts):
     """How many hosts of a pool run Ray. A fixed pool runs all of them."""
 
-    mode: Literal["fixed", "autoscaled"] = "fixed"
-    min: StrictInt = Field(0, ge=0)
+    mode: Literal["fixed", "autoscaled"] = Field("fixed", description="this release runs fixed pools")
+    min: StrictInt = Field(0, ge=0, description="never fewer hosts")
     max: StrictInt | None = Field(None, ge=0, description="at most the number of hosts in the pool; default all")
 
 
 class AppFacts(Facts):
     """One entry of `clusterkit_apps`; `parameters` are typed by the template."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-    template: str
-    route_prefix: Annotated[str, Field(pattern=r"^/[A-Za-z0-9/_.-]*$")] = "/"
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = Field(description="unique")
+    template: str = Field(description="a folder of serve_apps/")
+    route_prefix: Annotated[str, Field(pattern=r"^/[A-Za-z0-9/_.-]*$")] = Field(
+        "/", description="unique; below it stands /v1"
+    )
     pool: str | None = Field(None, description="the pool it runs in; needed when there are several")
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field({}, description="typed by the template: serve_apps/<template>/README.md")
 
 
 class ClusterFacts(Facts):
     """Facts of the whole cluster: the same on every host."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")] = Field(
+        description="of the cluster: lower case, digits, dashes"
+    )
     stack: str = Field(description="a row of the version table: `clusterkit stacks`")
     ray_version: str | None = Field(None, description="overrides the stack's")
     vllm_version: str | None = Field(None, description="overrides the stack's")
-    runtime: Literal["venv"] = "venv"
-    service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")] = "ray"
+    runtime: Literal["venv"] = Field("venv", description="what Ray runs in")
+    service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")] = Field(
+        "ray", description="the user that runs Ray; made by the role baseline"
+    )
     ports: Ports = Ports()
     paths: Paths = Paths()
     proxy: Proxy = Proxy()
@@ -144,18 +154,18 @@ class ClusterFacts(Facts):
     log_rotation: LogRotation = LogRotation()
     # Not strict: `-e clusterkit_allow_disruption=true` arrives as text.
     allow_disruption: bool = Field(False, description="consent to stop replicas where a change needs it")
-    apps: list[AppFacts] = []
+    apps: list[AppFacts] = Field([], description="what is served; one entry a model")
 
 
 class PoolFacts(Facts):
     """Facts of a pool: the same on every host of it."""
 
-    accelerator: Accelerator
+    accelerator: Accelerator = Field(description="what its engines run on")
     gpu_model: str | None = Field(None, description="Ray's accelerator type, such as AMD-Instinct-MI300X-OAM")
     gpus: StrictInt = Field(0, ge=0, description="GPUs of each host")
     gpu_memory_gib: Number | None = Field(None, gt=0, description="memory of each GPU")
     cpus: StrictInt | None = Field(None, gt=0, description="CPUs that Ray may hand out; default all of the host")
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field({}, description="Ray node labels")
     pool: PoolScaling = PoolScaling()
 
 
