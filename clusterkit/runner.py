@@ -8,14 +8,16 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import ansible_runner
+import yaml
 
 from clusterkit import workspace
-from clusterkit.errors import RunFailed, SpecError
+from clusterkit.errors import RunFailed, SpecError, UsageError
+from clusterkit.spec import files
 from clusterkit.spec.findings import Finding, Place
 
 Kind = Literal["play", "task", "ok", "changed", "failed", "unreachable", "skipped"]
@@ -138,7 +140,8 @@ def run(
     _note_inputs(result.folder, playbook, inventory, chosen)
     done = ansible_runner.run(
         private_data_dir=str(result.folder),
-        project_dir=str(workspace.ROOT),
+        # Where the command was given: what it names (`-e @file`, `--vault-id`) is relative to there.
+        project_dir=os.getcwd(),
         # A second run of the same folder would inherit the first one's files.
         ident="run",
         playbook=str(workspace.playbook(playbook)),
@@ -149,6 +152,7 @@ def run(
         # Without this, passwords would be written into the folder in clear.
         suppress_env_files=True,
         event_handler=collect.handle,
+        status_handler=lambda status, **_: _forget_command(result.folder, status),
         quiet=True,
     )
     result.status, result.return_code = done.status, done.rc
@@ -159,7 +163,10 @@ def run(
             raise SpecError(findings)
         raise _run_failed(result)
     if done.rc != 0:
-        raise _refused(result, inventory)
+        text = result.log.read_text(encoding="utf-8") if result.log.exists() else ""
+        raise refusal(text, inventory) or RunFailed(
+            host="", role="", task="", message=_last_words(text), log=str(result.log)
+        )
     return result
 
 
@@ -240,46 +247,69 @@ def _run_failed(result: Result) -> RunFailed:
     return RunFailed(host=first.host, role=first.role, task=first.task, message=message, log=str(result.log), hint=hint)
 
 
-# What Ansible refuses before any play: file, line and what to do, as validation would say it.
+# What Ansible refuses before any play: what it says, and what validation would say of it.
 _REFUSALS: tuple[tuple[str, str, str, str], ...] = (
     (
-        r"no vault secrets|vault password|Decryption failed|Attempting to decrypt",
+        r"vault password file .* was not found",
+        "--vault-id",
+        "names a file that is not there",
+        "name the file that holds the vault password",
+    ),
+    (
+        r"no vault secrets|[Vv]ault password|Decryption failed|Attempting to decrypt",
         "vault file",
         "is encrypted, and the vault password is missing or wrong",
         "give it with --ask-vault-pass or --vault-id",
     ),
     (r"YAML parsing failed|[Ss]yntax [Ee]rror", "file", "does not parse", "mend the YAML there"),
+    (r"failed to combine variables", "file", "is no mapping of variables", "begin with `name: value`"),
     (r"no hosts to target", "--limit", "matches no host of the inventory", "name a host or group that is in it"),
     (r"[Pp]ermission denied|Unable to read", "file", "cannot be read", "give the user who runs this the right to"),
+    (r"Could not find or access", "file", "is not there", "name one that is"),
 )
 
 
-def _encrypted(inventory: str) -> list[Path]:
-    """The vault files of an inventory: Ansible does not say which of them it could not open."""
-    home = Path(inventory)
-    folder = home if home.is_dir() else home.parent
-    files = [*folder.glob("group_vars/**/*"), *folder.glob("host_vars/**/*")]
-    return sorted(path for path in files if path.is_file() and path.read_bytes()[:14] == b"$ANSIBLE_VAULT")
+def refusal(text: str, inventory: str) -> SpecError | UsageError | None:
+    """Ansible's own refusal as findings with a place; None where `text` is something else."""
+    words = _last_words(text)
+    wrong = re.search(r"^ansible-playbook: error: (.+)$", text, re.MULTILINE)
+    if wrong:
+        return UsageError(wrong.group(1), hint="ansible-playbook --help lists what may stand after --")
+    where = Place()
+    if place := re.search(r"(?:Origin: |[Ff]ile |process |access )'?(/[^\s':]+)(?::(\d+))?", words):
+        where = Place(_shown(place.group(1)), int(place.group(2) or 0))
+    elif "<CLI option '-e'>" in words:
+        where = Place("-e")
+    for pattern, subject, problem, fix in _REFUSALS:
+        if not re.search(pattern, words):
+            continue
+        found = [] if where.file else _suspects(subject, problem, fix, inventory)
+        return SpecError(found or [Finding(where, subject, problem, fix)])
+    return None
 
 
-def _refused(result: Result, inventory: str) -> Exception:
-    text = result.log.read_text(encoding="utf-8") if result.log.exists() else ""
+def _suspects(subject: str, problem: str, fix: str, inventory: str) -> list[Finding]:
+    """Ansible does not always say which file it means: those of the inventory that it can only be."""
+    candidates = files.variable_files(inventory)
+    if subject == "vault file":
+        locked = [path for path in candidates if files.encrypted(path)]
+        return [Finding(Place(_shown(str(path)), 1), subject, problem, fix) for path in locked]
+    if problem == "does not parse":
+        broken = files.unparsable(candidates)
+        return [replace(item, place=replace(item.place, file=_shown(item.place.file))) for item in broken]
+    return []
+
+
+def _last_words(text: str) -> str:
+    """The error with which Ansible gave up, without the talk before it."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     start = re.search(r"^(?:ERROR!|\[ERROR\]:)", text, re.MULTILINE)
-    words = text[start.start() :].strip() if start else "\n".join(text.strip().splitlines()[-5:])
-    place = re.search(r"(?:Origin: |in file |file )'?(/[^\s':]+)(?::(\d+))?", words)
-    where = Place()
-    if place:
-        file = place.group(1)
-        here = os.getcwd() + os.sep
-        where = Place(file.removeprefix(here), int(place.group(2) or 0))
-    for pattern, subject, problem, fix in _REFUSALS:
-        if re.search(pattern, words):
-            places = [where]
-            if subject == "vault file" and not where.file:
-                places = [Place(str(path).removeprefix(os.getcwd() + os.sep), 1) for path in _encrypted(inventory)]
-            return SpecError([Finding(place, subject, problem, fix) for place in places or [where]])
-    return RunFailed(host="", role="", task="", message=words, log=str(result.log))
+    return text[start.start() :].strip() if start else "\n".join(text.strip().splitlines()[-5:])
+
+
+def _shown(path: str) -> str:
+    """Relative to where the command was given, if below it."""
+    return path.removeprefix(os.getcwd() + os.sep)
 
 
 def _environment() -> dict[str, str]:
@@ -291,9 +321,15 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _forget_command(folder: Path, status: dict[str, Any]) -> None:
+    """ansible-runner notes the whole command and environment: the values of -e would stay in the folder."""
+    if status.get("status") == "running":
+        (folder / "artifacts" / "run" / "command").unlink(missing_ok=True)
+
+
 def _note_inputs(folder: Path, playbook: str, inventory: str, options: Options) -> None:
     """What was asked for; values given with -e may be secret, so only their names are kept."""
-    names = [item.split("=")[0] if not item.startswith("@") else item for item in options.extra_vars]
+    names = [name for item in options.extra_vars for name in _names(item)]
     inputs = {
         "playbook": playbook,
         "inventory": inventory,
@@ -303,6 +339,19 @@ def _note_inputs(folder: Path, playbook: str, inventory: str, options: Options) 
         "extra_vars": names,
     }
     (folder / "inputs.json").write_text(json.dumps(inputs, indent=1), encoding="utf-8")
+
+
+def _names(extra_vars: str) -> list[str]:
+    """The names in one `-e`: a file, YAML or JSON, or `name=value` words."""
+    if extra_vars.startswith("@"):
+        return [extra_vars]
+    if extra_vars.lstrip().startswith(("{", "[")):
+        try:
+            data = yaml.safe_load(extra_vars)
+        except yaml.YAMLError:
+            return []
+        return [str(name) for name in data] if isinstance(data, dict) else []
+    return re.findall(r"(?:^|\s)([A-Za-z_]\w*)=", extra_vars)
 
 
 def _report(result: Result) -> dict[str, Any]:

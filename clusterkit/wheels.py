@@ -28,6 +28,8 @@ from pathlib import Path
 from clusterkit.errors import ClusterkitError, ToolMissing
 
 REACH_TIMEOUT_S = 5
+# The glibc steps of 2.x that uv resolves for; a newer host takes what the last of them offers.
+UV_GLIBC = (17, 28, *range(31, 41))
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Target:
         legacy = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
         tags += [f"{name}_{self.machine}" for step, name in legacy.items() if step <= minor]
         return [*tags, f"linux_{self.machine}"]
+
+    @property
+    def uv_platform(self) -> str:
+        """The newest that uv knows and this glibc runs."""
+        minor = int(self.glibc.split(".")[1])
+        step = max((known for known in UV_GLIBC if known <= minor), default=UV_GLIBC[0])
+        return f"{self.machine}-manylinux_2_{step}"
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,9 @@ def _uv(wish: Wish, target: Target) -> subprocess.CompletedProcess[str]:
         command = [
             *(_uv_binary(), "pip", "compile", str(wanted), "--no-header", "--no-annotate", "--quiet"),
             *("--python-version", target.python),
-            *("--python-platform", f"{target.machine}-manylinux_{target.glibc.replace('.', '_')}"),
+            *("--python-platform", target.uv_platform),
+            # Nothing is built: uv need not look for, nor download, an interpreter of the target's version.
+            *("--python", sys.executable, "--no-python-downloads"),
             # pip takes the best match over all indexes; the lock must be what pip can install.
             *("--index-strategy", "unsafe-best-match", "--only-binary", ":all:"),
         ]

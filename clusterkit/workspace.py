@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from datetime import datetime
 from pathlib import Path
 
 from clusterkit.errors import UsageError
@@ -42,9 +43,9 @@ def new_run() -> Path:
     """A fresh folder that only this user may read; the last 20 are kept."""
     home = state_home() / "runs"
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(1000):
-        path = home / (f"{stamp}-{attempt}" if attempt else stamp)
+    while True:
+        # Sorts by time, also where several begin in one second.
+        path = home / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         try:
             path.mkdir(mode=0o700)
             break

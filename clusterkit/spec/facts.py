@@ -48,18 +48,21 @@ IpAddress = Annotated[str, AfterValidator(_ip)]
 
 
 class Ports(Facts):
-    """TCP ports on every host. Ray refuses a port inside the workers' range."""
+    """TCP ports on every host. Ray refuses a port inside the workers' range.
+
+    All lie below 32768, where Linux takes the ports of outgoing connections.
+    """
 
     gcs: Port = Field(6379, description="head: Ray's control plane, where workers join")
     dashboard: Port = Field(8265, description="head: dashboard and REST API, on 127.0.0.1 only")
     client: Port = Field(10001, description="head: Ray client")
     serve: Port = Field(8000, description="the Serve proxy: the OpenAI API")
     metrics: Port = Field(8090, description="Ray's metrics, for Prometheus; open without a token")
-    agent_http: Port = Field(52365, description="Ray's dashboard agent; node health")
-    agent_grpc: Port = Field(52366, description="Ray's dashboard agent")
-    node_manager: Port = Field(52367, description="raylet")
-    object_manager: Port = Field(52368, description="raylet, objects between hosts")
-    runtime_env_agent: Port = Field(52369, description="raylet, environments of tasks")
+    agent_http: Port = Field(20365, description="Ray's dashboard agent; node health")
+    agent_grpc: Port = Field(20366, description="Ray's dashboard agent")
+    node_manager: Port = Field(20367, description="raylet")
+    object_manager: Port = Field(20368, description="raylet, objects between hosts")
+    runtime_env_agent: Port = Field(20369, description="raylet, environments of tasks")
     worker_min: Port = Field(10002, description="first port of Ray's worker processes")
     worker_max: Port = Field(19999, description="last port of Ray's worker processes")
 

@@ -13,6 +13,13 @@ YAML_SUFFIXES = {".yml", ".yaml", ".json"}
 VAULT_HEADER = "$ANSIBLE_VAULT"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML with Ansible's own tags, whose values do not matter here."""
+
+
+_Loader.add_constructor(None, lambda _loader, _node: "")
+
+
 def broken_sources(sources: Sequence[str]) -> list[Finding]:
     """What is wrong with the files that `-i` names."""
     findings = []
@@ -35,9 +42,13 @@ def variable_files(inventory: str) -> list[Path]:
     return sorted(file for file in files if file.is_file() and file.suffix in {*YAML_SUFFIXES, ""})
 
 
-def encrypted(files: Iterable[Path]) -> list[Path]:
-    """Those that are whole vault files."""
-    return [file for file in files if file.read_bytes().startswith(VAULT_HEADER.encode())]
+def encrypted(file: Path) -> bool:
+    """Is it a whole vault file?"""
+    try:
+        with file.open("rb") as handle:
+            return handle.read(len(VAULT_HEADER)) == VAULT_HEADER.encode()
+    except OSError:
+        return False
 
 
 def unparsable(files: Iterable[Path]) -> list[Finding]:
@@ -46,9 +57,11 @@ def unparsable(files: Iterable[Path]) -> list[Finding]:
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
-            root = None if text.startswith(VAULT_HEADER) else yaml.compose(text)
-        except OSError:
-            continue  # Ansible says so itself
+            content = None if text.startswith(VAULT_HEADER) else yaml.load(text, _Loader)
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+            fix = "give the user who runs this the right to"
+            findings.append(Finding(Place(str(file)), "inventory", problem, fix))
         except UnicodeDecodeError:
             findings.append(Finding(Place(str(file)), "inventory", "is not text in UTF-8", "rewrite the file"))
         except yaml.MarkedYAMLError as error:
@@ -58,7 +71,7 @@ def unparsable(files: Iterable[Path]) -> list[Finding]:
         except yaml.YAMLError:
             findings.append(Finding(Place(str(file)), "inventory", "does not parse", "mend the YAML there"))
         else:
-            if root is not None and not isinstance(root, yaml.MappingNode):
+            if content is not None and not isinstance(content, dict):
                 fix = "begin with `all:` in an inventory, with `name: value` in variables"
                 findings.append(Finding(Place(str(file), 1), "inventory", "is no YAML mapping", fix))
     return findings

@@ -378,7 +378,10 @@ def _with_overrides(stack: Stack, row: Stack) -> Stack:
         else requirement.replace(f"=={row.vllm}", f"=={stack.vllm}")
         for requirement in row.engine.requirements
     )
-    return stack.model_copy(update={"engine": row.engine.model_copy(update={"requirements": swapped})})
+    changes: dict[str, Any] = {"requirements": swapped}
+    if row.engine.provides_vllm is not None:
+        changes["provides_vllm"] = row.engine.provides_vllm.replace(row.vllm, stack.vllm)
+    return stack.model_copy(update={"engine": row.engine.model_copy(update=changes)})
 
 
 def _model(source: Mapping[str, str], root: str) -> Model:

@@ -15,8 +15,8 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
 from clusterkit.render.serve import serve_config
-from clusterkit.spec.files import VAULT_HEADER, broken_sources
-from clusterkit.spec.findings import Finding, Place
+from clusterkit.spec.files import broken_sources, encrypted, unparsable, variable_files
+from clusterkit.spec.findings import Finding, Place, merge
 from clusterkit.spec.load import load
 from clusterkit.spec.raw import RawInventory, RawValue
 
@@ -39,7 +39,7 @@ class ActionModule(ActionBase):
             spec, findings = load(self._inventory(task_vars or {}))
         except AnsibleError as error:
             # Files of host_vars and of smaller groups are first read here; one that does not parse hides the rest.
-            spec, findings = None, [_unreadable(error)]
+            spec, findings = None, _unreadable(error, task_vars or {})
         result["findings"] = [finding.as_dict() for finding in findings]
         if spec is None:
             lines = "\n".join(f"  {finding}" for finding in findings)
@@ -117,27 +117,21 @@ def _secrets(value: Any) -> frozenset[str]:
     if Origin is None or value is None or isinstance(value, bool) or type(value).__name__ == "EncryptedString":
         return frozenset()
     origin = Origin.get_tag(value)
-    hidden = VaultedValue.is_tagged_on(value) or (origin is not None and origin.path and _encrypted(str(origin.path)))
+    hidden = VaultedValue.is_tagged_on(value) or (origin is not None and origin.path and _from_vault(str(origin.path)))
     return frozenset({str(value)}) if hidden else frozenset()
 
 
 @cache
-def _encrypted(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(VAULT_HEADER)) == VAULT_HEADER.encode()
-    except OSError:
-        return False
+def _from_vault(path: str) -> bool:
+    return encrypted(Path(path))
 
 
-def _unreadable(error: AnsibleError) -> Finding:
-    """A file that Ansible could not read, with the place that it names."""
-    cause: BaseException | None = error
-    place = None
-    while cause is not None and place is None:
-        place = _place(getattr(cause, "obj", None))
-        cause = cause.__cause__
-    return Finding(place or Place(), "file", f"does not parse: {_first_line(error)}", "mend the YAML there")
+def _unreadable(error: AnsibleError, task_vars: dict[str, Any]) -> list[Finding]:
+    """The variable files that do not parse; Ansible's own words where none is found."""
+    sources = [_relative(str(source)) for source in task_vars.get("ansible_inventory_sources") or ()]
+    found = [finding for source in sources for finding in unparsable(variable_files(source))]
+    problem = f"cannot be read: {_first_line(error)}"
+    return merge(found) or [Finding(Place(*sources[:1]), "inventory", problem, "mend the file that this is about")]
 
 
 def _collect_places(value: Any, path: tuple[str | int, ...], places: dict[tuple[str | int, ...], Place]) -> None:

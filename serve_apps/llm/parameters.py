@@ -203,6 +203,9 @@ class LlmParameters(_Parameters):
             if not name.isidentifier():
                 spelt = re.sub("-+", "_", name.strip("-"))
                 raise ValueError(f"{name!r} is no name of the Python API: write {spelt!r}")
+        share = value.get("gpu_memory_utilization", 1)
+        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
+            raise ValueError("gpu_memory_utilization must be a number above 0, such as 0.9")
         return value
 
     @field_validator("accelerator_type")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,10 @@ def worker(tmp_path: Path, head: Node) -> Iterator[Node]:
     node.clean_up()
 
 
-def shared_memory() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir() if entry.stat().st_uid == os.getuid()}
+def shared_memory(pids: Iterable[int]) -> set[int]:
+    """The inodes in /dev/shm that the processes have mapped."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:
@@ -332,7 +334,6 @@ def server_pids(answer: dict[str, Any]) -> list[int]:
 
 
 def test_a_model_from_nothing_to_real_tokens(head: Node, tmp_path: Path) -> None:
-    before = shared_memory()
     model = tmp_path / "model"
     subprocess.run([f"{ENGINE}/bin/python", str(MAKER), "--out", str(model)], check=True, capture_output=True)
 
@@ -368,6 +369,9 @@ def test_a_model_from_nothing_to_real_tokens(head: Node, tmp_path: Path) -> None
     assert scaled["plan"]["changed"] == ["tiny"]
     assert server_pids(scaled) == server_pids(first), "a scaling edit restarts no engine"
 
+    memory = shared_memory(head.processes())
     head.run("stop")
     assert head.processes() == {}
-    assert shared_memory() <= before, "an engine's shared memory outlived it"
+    assert memory
+    left = [entry.name for entry in Path("/dev/shm").iterdir() if entry.stat().st_ino in memory]
+    assert left == [], "an engine's shared memory outlived it"

@@ -349,6 +349,49 @@ def test_end_all_ends_the_family_and_spares_the_caller(folder: str) -> None:
             process.wait()
 
 
+# Maps a file as a killed engine would leave it: no tracker is there to remove it.
+MAPS = (
+    "import mmap, sys, time; f = open(sys.argv[1], 'w+b'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096); " + SLEEP
+)
+
+
+@pytest.fixture
+def segments() -> Iterator[tuple[Path, Path]]:
+    paths = [Path(f"/dev/shm/ckt-{os.getpid()}-{name}") for name in ("node", "other")]
+    yield paths[0], paths[1]
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def test_memory_of_an_ended_engine_is_freed_while_the_node_lives(folder: str, segments: tuple[Path, Path]) -> None:
+    node = config(temp_dir=folder, state_dir=folder)
+    mine, foreign = segments
+    engine = spawn(MAPS, str(mine), env={**os.environ, ray_node.MARKER: folder})
+    stranger = spawn(MAPS, str(foreign))
+    memory = ray_node.Memory(node)
+    memory.sweep(ray_node.node_processes(node))
+    for process in (engine, stranger):
+        process.kill()
+        process.wait()
+    memory.sweep(ray_node.node_processes(node))
+    assert mine.exists(), "one look is not enough: it may be between two owners"
+    memory.sweep(ray_node.node_processes(node))
+    assert not mine.exists()
+    assert foreign.exists()
+
+
+def test_memory_of_a_killed_node_is_freed_later(folder: str, segments: tuple[Path, Path]) -> None:
+    node = config(temp_dir=folder, state_dir=folder)
+    mine, _ = segments
+    engine = spawn(MAPS, str(mine), env={**os.environ, ray_node.MARKER: folder})
+    ray_node.Memory(node).sweep(ray_node.node_processes(node))
+    assert ray_node.free_memory(node, ray_node.Memory(node).known) == 0, "still in use"
+    engine.kill()
+    engine.wait()
+    ray_node.end_all(node)  # of a supervisor that knows nothing but what the last one wrote down
+    assert not mine.exists()
+
+
 def test_a_path_is_not_the_beginning_of_another() -> None:
     assert ray_node.mentions(b"--temp-dir=/tmp/node\0", "/tmp/node")
     assert ray_node.mentions(b"/tmp/node/session/logs", "/tmp/node")
