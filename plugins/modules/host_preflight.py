@@ -69,6 +69,7 @@ findings:
 import ctypes
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -240,7 +241,7 @@ def _open_files(pid):
 def _command(pid):
     try:
         with open("/proc/%s/cmdline" % pid, "rb") as handle:
-            return handle.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()[:120]
+            return handle.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
     except OSError:
         return "unknown"
 
@@ -253,7 +254,7 @@ def check_ports(ports, owner_path):
         holders = listeners(int(port))
         if holders and all(_ours(pid, command, owner_path) for pid, command in holders):
             continue
-        who = ", ".join("pid %d (%s)" % holder for holder in holders) or "a process of another user"
+        who = ", ".join("pid %d (%s)" % (pid, command[:120]) for pid, command in holders) or "a process of another user"
         found.append(
             finding(
                 "port %d" % int(port),
@@ -267,9 +268,10 @@ def check_ports(ports, owner_path):
 def _ours(pid, command, owner_path):
     if not owner_path:
         return False
-    if owner_path in command:
+    # The folder itself or what is in it: /tmp/clusterkit-100 is not /tmp/clusterkit-1003.
+    if re.search(re.escape(owner_path) + r"(?![\w.-])", command):
         return True
-    return any(path.startswith(owner_path) for path in _open_files(str(pid)))
+    return any((path + "/").startswith(owner_path + "/") for path in _open_files(str(pid)))
 
 
 def main():

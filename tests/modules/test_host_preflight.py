@@ -1,0 +1,208 @@
+"""host_preflight: each thing that can be wrong with a host, and all of them as one list."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.modules.conftest import load_module
+from tests.modules.conftest import run_module as call
+
+Json = dict[str, Any]
+
+preflight = load_module("host_preflight")
+
+SUPPORTED = {"debian": ["12", "13"], "ubuntu": ["24.04"]}
+
+
+def program(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+# ------------------------------------------------------------------ distribution, Python, libraries
+
+
+@pytest.mark.parametrize(
+    ("release", "ok"),
+    [
+        ({"ID": "debian", "VERSION_ID": "12"}, True),
+        ({"ID": "ubuntu", "VERSION_ID": "24.04"}, True),
+        ({"ID": "debian", "VERSION_ID": "11"}, False),
+        ({"ID": "debian"}, False),
+        ({"ID": "alpine", "VERSION_ID": "3.20"}, False),
+        ({}, False),
+    ],
+)
+def test_distribution(release: Json, ok: bool) -> None:
+    found = preflight.check_distribution(release, SUPPORTED)
+    assert (found == []) is ok
+    if not ok:
+        assert found[0]["fix"] == "use one of: debian 12, 13; ubuntu 24.04"
+
+
+def test_any_distribution_where_none_is_asked_for() -> None:
+    """This machine with an ordinary user: nobody installs packages there."""
+    assert preflight.check_distribution({"ID": "alpine"}, {}) == []
+
+
+def test_os_release_is_read_without_its_quotes(tmp_path: Path) -> None:
+    (tmp_path / "os-release").write_text('ID=debian\nVERSION_ID="12"\nPRETTY_NAME="Debian GNU/Linux 12"\n')
+    assert preflight.os_release(str(tmp_path / "os-release"))["VERSION_ID"] == "12"
+    assert preflight.os_release(str(tmp_path / "absent")) == {}
+
+
+def test_a_good_interpreter() -> None:
+    version = "{}.{}".format(*sys.version_info[:2])
+    assert preflight.check_python(sys.executable, [version], False, None) == []
+
+
+def test_an_interpreter_of_the_wrong_version() -> None:
+    (found,) = preflight.check_python(sys.executable, ["2.7"], False, None)
+    assert "and the engine runs on 2.7" in found["problem"]
+    assert "ray_env_python" in found["fix"]
+
+
+def test_no_interpreter() -> None:
+    (found,) = preflight.check_python("python9.9", [], False, None)
+    assert (found["problem"], found["fix"]) == ("there is no python9.9", "apt-get install -y python3")
+
+
+def test_an_interpreter_that_does_not_run(tmp_path: Path) -> None:
+    (found,) = preflight.check_python(program(tmp_path / "python", "exit 3"), [], False, None)
+    assert "does not run" in found["problem"]
+
+
+@pytest.mark.parametrize(
+    ("managed", "made_already", "ok"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_an_interpreter_without_ensurepip(tmp_path: Path, managed: bool, made_already: bool, ok: bool) -> None:
+    """Where root work is done it gets installed, and where the environment is there it is not needed."""
+    python = program(tmp_path / "python", """echo '{"version": "3.11", "venv": false}'""")
+    if made_already:
+        (tmp_path / "env/bin").mkdir(parents=True)
+    found = preflight.check_python(python, ["3.11"], managed, str(tmp_path / "env"))
+    assert [item["fix"] for item in found] == ([] if ok else ["apt-get install -y python3-venv"])
+
+
+def test_libraries() -> None:
+    wanted = {"libc.so.6": "libc6", "libabsent.so.1": "libabsent1"}
+    (found,) = preflight.check_libraries(wanted, False)
+    assert (found["problem"], found["fix"]) == ("libabsent.so.1 is missing", "apt-get install -y libabsent1")
+    # Where root work is done it gets installed.
+    assert preflight.check_libraries(wanted, True) == []
+
+
+# ------------------------------------------------------------------ memory, disk
+
+
+def test_memory(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemTotal:       8388608 kB\n")
+    assert preflight.meminfo_gib(str(tmp_path / "meminfo")) == 8
+    assert preflight.check_memory(8, 8) == []
+    (found,) = preflight.check_memory(7.5, 8)
+    assert found["problem"] == "7.5 GiB, and at least 8.0 are needed"
+
+
+def test_disk_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
+    later = tmp_path / "not/yet/there"
+    assert preflight.free_gib(str(later)) == pytest.approx(preflight.free_gib(str(tmp_path)), abs=1)
+    assert preflight.check_disk({str(later): 0.001}, None) == []
+    (found,) = preflight.check_disk({str(later): 1e9}, None)
+    assert str(later) in found["problem"]
+    assert "clusterkit_paths" in found["fix"]
+
+
+def test_disk_is_not_asked_for_twice(tmp_path: Path) -> None:
+    """What takes the space is there: a full disk would stop every later run."""
+    (tmp_path / "env/bin").mkdir(parents=True)
+    (tmp_path / "env/bin/ray").touch()
+    assert preflight.check_disk({str(tmp_path): 1e9}, str(tmp_path / "env")) == []
+
+
+# ------------------------------------------------------------------ ports
+
+
+@pytest.fixture
+def taken() -> Any:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_free_port(taken: int) -> None:
+    assert preflight.in_use(taken)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    assert not preflight.in_use(free)
+    assert preflight.check_ports({"serve": free}, None) == []
+
+
+def test_a_port_of_ipv6_alone() -> None:
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server:
+        assert preflight.in_use(server.getsockname()[1])
+
+
+def test_a_taken_port_names_its_holder(taken: int) -> None:
+    (found,) = preflight.check_ports({"serve": taken}, None)
+    assert found["subject"] == f"port {taken}"
+    assert f"pid {os.getpid()}" in found["problem"]
+    assert "clusterkit_ports.serve" in found["fix"]
+
+
+def test_a_port_that_the_kits_own_ray_holds(taken: int, tmp_path: Path) -> None:
+    """A process that has the kit's folder open, or names it in its command, is Ray of this kit."""
+    assert len(preflight.check_ports({"serve": taken}, str(tmp_path))) == 1
+    with (tmp_path / "session.log").open("w"):
+        assert preflight.check_ports({"serve": taken}, str(tmp_path)) == []
+
+
+def test_a_port_of_a_command_that_names_the_kits_folder(tmp_path: Path) -> None:
+    listen = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True)"
+    command = [sys.executable, "-c", f"{listen}; sys.stdin.read()", f"--temp-dir={tmp_path}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        assert preflight.check_ports({"gcs": port}, str(tmp_path)) == []
+        assert len(preflight.check_ports({"gcs": port}, str(tmp_path / "other"))) == 1
+        # Another user's folder, of which this one's name is the beginning.
+        assert len(preflight.check_ports({"gcs": port}, str(tmp_path)[:-1])) == 1
+        process.communicate("")
+
+
+# ------------------------------------------------------------------ the whole module
+
+
+def test_a_host_that_is_ready(tmp_path: Path) -> None:
+    result = call(preflight, python=sys.executable, memory_gib=0.1, disk_gib={str(tmp_path): 0.001})
+    assert (result["changed"], result["findings"]) == (False, [])
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_all_that_is_wrong_comes_at_once(tmp_path: Path, taken: int, check: bool) -> None:
+    result = call(
+        preflight,
+        check=check,
+        managed=False,
+        distributions={"plan9": ["4"]},
+        python="python9.9",
+        libraries={"libabsent.so.1": "libabsent1"},
+        memory_gib=1e6,
+        disk_gib={str(tmp_path): 1e9},
+        ports={"serve": taken},
+    )
+    assert result["failed"]
+    subjects = [item["subject"] for item in result["findings"]]
+    assert subjects == ["distribution", "python", "library", "memory", "disk", f"port {taken}"]
+    for item in result["findings"]:
+        assert f"{item['subject']}: {item['problem']}. Fix: {item['fix']}" in result["msg"]

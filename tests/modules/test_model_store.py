@@ -1,0 +1,164 @@
+"""model_store: weights that are made and checked on every run, and a site's folders, which are only read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.modules.conftest import load_module
+from tests.modules.conftest import run_module as call
+
+Json = dict[str, Any]
+
+store = load_module("model_store")
+
+# Stands for the program that trains the tiny model, and keeps its promises: `--check` compares what is there.
+MAKER = """
+import json, os, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+weights = out / "model.safetensors"
+if "--check" in sys.argv:
+    sys.exit(0 if weights.is_file() and weights.read_text() == "weights" else 1)
+if out.name == "bad":
+    sys.exit("no room for weights")
+out.mkdir(parents=True, exist_ok=True)
+weights.write_text("weights")
+pathlib.Path(os.environ["TMPDIR"], "cache").touch()
+(out.parent / "environment.json").write_text(json.dumps(dict(os.environ)))
+print("talk of a library")
+print(json.dumps({"out": str(out)}))
+"""
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> str:
+    path = tmp_path / "make-model"
+    path.write_text(MAKER)
+    return str(path)
+
+
+def made(path: Path, name: str = "tiny") -> Json:
+    return {"id": name, "make": "tiny-llama", "folder": None, "path": str(path)}
+
+
+def given(path: Path, name: str = "site") -> Json:
+    return {"id": name, "make": None, "folder": str(path), "path": str(path)}
+
+
+def folder(path: Path, *names: str) -> Path:
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).write_text("{}")
+    return path
+
+
+def run(maker: str, *models: Json, **more: Any) -> Json:
+    return call(store, models=list(models), maker=maker, python=sys.executable, **more)
+
+
+# ------------------------------------------------------------------ made
+
+
+def test_a_model_is_made_once(maker: str, tmp_path: Path) -> None:
+    first = run(maker, made(tmp_path / "models/tiny"))
+    assert (first["changed"], first["made"]) == (True, ["tiny"])
+    second = run(maker, made(tmp_path / "models/tiny"))
+    assert (second["changed"], second["made"]) == (False, [])
+
+
+@pytest.mark.parametrize("damage", ["other weights", None])
+def test_a_damaged_model_is_made_anew(maker: str, tmp_path: Path, damage: str | None) -> None:
+    run(maker, made(tmp_path / "tiny"))
+    weights = tmp_path / "tiny/model.safetensors"
+    weights.unlink() if damage is None else weights.write_text(damage)
+    assert run(maker, made(tmp_path / "tiny"))["made"] == ["tiny"]
+    assert weights.read_text() == "weights"
+
+
+def test_a_model_is_made_without_a_network_and_leaves_no_cache(maker: str, tmp_path: Path) -> None:
+    run(maker, made(tmp_path / "models/tiny"))
+    environment = (tmp_path / "models/environment.json").read_text()
+    assert '"HF_HUB_OFFLINE": "1"' in environment
+    assert '"CUDA_VISIBLE_DEVICES": ""' in environment
+    scratch = environment.partition('"TMPDIR": "')[2].partition('"')[0]
+    assert scratch
+    assert not os.path.exists(scratch)
+
+
+def test_check_mode_makes_nothing(maker: str, tmp_path: Path) -> None:
+    assert run(maker, made(tmp_path / "tiny"), check=True)["made"] == ["tiny"]
+    assert not (tmp_path / "tiny").exists()
+    # Nor does it need the program, which a first run would only now install.
+    assert run("/nonexistent/make-model", made(tmp_path / "tiny"), check=True)["changed"]
+
+
+def test_a_model_that_cannot_be_made_says_why(maker: str, tmp_path: Path) -> None:
+    failed = run(maker, made(tmp_path / "bad", "big"))
+    assert failed["failed"]
+    assert failed["msg"] == "model big could not be made: no room for weights"
+
+
+# ------------------------------------------------------------------ a site's folder
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (("config.json", "model-00001-of-00002.safetensors"), None),
+        (("config.json", "pytorch_model.bin"), None),
+        (("config.json", "model.gguf"), None),
+        (("config.json",), "has no weights"),
+        (("model.safetensors",), "has no config.json"),
+        ((), "has no config.json"),
+    ],
+)
+def test_what_a_folder_must_hold(tmp_path: Path, names: tuple[str, ...], problem: str | None) -> None:
+    found = store.folder_problems(str(folder(tmp_path / "model", *names)))
+    assert (found is None) if problem is None else (problem in found)
+
+
+def test_a_folder_that_is_not_mounted(tmp_path: Path) -> None:
+    found = store.folder_problems(str(tmp_path / "absent"))
+    assert "there is no folder" in found
+    assert "mount or copy it" in found
+    (tmp_path / "file").touch()
+    assert "there is no folder" in store.folder_problems(str(tmp_path / "file"))
+
+
+def test_weights_that_rays_user_may_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = folder(tmp_path / "model", "config.json", "model.safetensors")
+    # Root may read everything, so what the system would say to Ray's user is said for it.
+    monkeypatch.setattr(store.os, "access", lambda path, _mode: not path.endswith(".safetensors"))
+    assert "may not read model.safetensors" in store.folder_problems(str(model))
+
+
+def test_a_folder_is_read_in_place(maker: str, tmp_path: Path) -> None:
+    model = folder(tmp_path / "model", "config.json", "model.safetensors")
+    result = run(maker, given(model))
+    assert (result["changed"], result["made"]) == (False, [])
+    assert {item.name for item in model.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_every_folder_that_is_wrong_is_told(maker: str, tmp_path: Path) -> None:
+    models = [given(tmp_path / "one", "one"), given(folder(tmp_path / "two"), "two")]
+    failed = run(maker, *models)
+    assert failed["failed"]
+    assert [line.split(":")[0] for line in failed["msg"].splitlines()] == ["model one", "model two"]
+
+
+# ------------------------------------------------------------------ away
+
+
+def test_what_was_made_goes_and_a_sites_folder_stays(maker: str, tmp_path: Path) -> None:
+    models = [made(tmp_path / "tiny"), given(folder(tmp_path / "site", "config.json", "model.bin"))]
+    run(maker, *models)
+    told = run(maker, *models, state="absent", check=True)
+    assert (told["made"], (tmp_path / "tiny").exists()) == (["tiny"], True)
+    assert run(maker, *models, state="absent")["changed"]
+    assert not (tmp_path / "tiny").exists()
+    assert (tmp_path / "site/model.bin").exists()
+    assert not run(maker, *models, state="absent")["changed"]
