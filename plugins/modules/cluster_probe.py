@@ -84,6 +84,7 @@ answer:
   type: dict
 """
 
+import http.client
 import json
 import re
 import threading
@@ -94,11 +95,16 @@ import urllib.request
 from ansible.module_utils.basic import AnsibleModule
 
 PROMPT = "Say something."
+INGRESS = "OpenAiIngress"
 COUNTER = "ray_serve_deployment_request_counter_total"
 
 
 class Unreachable(Exception):
     """The other side did not answer as it should."""
+
+
+# What a connection can end with; an answer that breaks off is none of urllib's own errors.
+BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
 
 
 def fetch(url, payload=None, token=None, timeout=30):
@@ -112,7 +118,7 @@ def fetch(url, payload=None, token=None, timeout=30):
             return json.loads(answer.read().decode() or "null")
     except urllib.error.HTTPError as error:
         raise Unreachable("%s answered %d: %s" % (url, error.code, error.read().decode()[:300]))
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except BROKEN as error:
         raise Unreachable("%s: %s" % (url, getattr(error, "reason", error)))
 
 
@@ -218,7 +224,7 @@ def stream(base, model, timeout):
                     chunk = json.loads(text[6:])
                     chunks += 1
                     tokens = max(tokens, (chunk.get("usage") or {}).get("completion_tokens", 0))
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except BROKEN as error:
         raise Unreachable("%s: %s" % (base, error))
     if not ended or tokens < 1:
         raise Unreachable("the stream ended after %d chunks and %d tokens, [DONE] %s" % (chunks, tokens, ended))
@@ -233,7 +239,7 @@ def counters(addresses, port, timeout=10):
         try:
             with OPENER.open(url, timeout=timeout) as answer:
                 text = answer.read().decode()
-        except (urllib.error.URLError, OSError) as error:
+        except BROKEN as error:
             raise Unreachable("%s: %s" % (url, error))
         for line in text.splitlines():
             if line.startswith(COUNTER + "{"):
@@ -331,13 +337,15 @@ def check_app(checks, given, app, wanted):
             answer = answer or got
             checks.run("%s stream via %s" % (name, address), stream, base, wanted["model_id"], given["timeout_s"])
         if given["probe"] == "replicas":
-            engines = [item for item in app["replicas"] if item["deployment"].startswith("LLMServer")]
+            engines = [item for item in app["replicas"] if item["deployment"] != INGRESS]
             checks.run("%s replicas" % name, every_replica, given, addresses, prefix, wanted["model_id"], engines)
     return answer
 
 
 def every_replica(given, addresses, prefix, model, replicas):
     """Ask, many at once, until the counter of every engine replica has grown."""
+    if replicas and not addresses:
+        raise Unreachable("no replica runs: %s" % ", ".join(sorted({item["state"] for item in replicas})))
     before = counters(addresses, given["metrics_port"])
     deadline = time.time() + max(given["settle_s"], 45)
     silent = [item["id"] for item in replicas]

@@ -23,7 +23,7 @@ from clusterkit import lab
 from clusterkit.cli.lab import app
 from clusterkit.errors import UsageError
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = pytest.mark.docker
 
 NAME = "citest"
 
@@ -138,6 +138,7 @@ def test_a_host_is_a_bare_server(folder: Path) -> None:
     assert len(machine_ids) == 2
 
 
+@pytest.mark.slow
 def test_more_and_fewer_workers(client: Any, folder: Path) -> None:
     one = ids(lab.up(1, name=NAME, inventory_dir=folder))
     two = ids(lab.up(2, name=NAME, inventory_dir=folder))
@@ -150,6 +151,7 @@ def test_more_and_fewer_workers(client: Any, folder: Path) -> None:
         client.containers.get(two["worker2"])
 
 
+@pytest.mark.slow
 def test_a_killed_up_is_finished_by_the_next(client: Any, folder: Path) -> None:
     before = ids(lab.up(1, name=NAME, inventory_dir=folder))
     client.containers.get(before["worker1"]).remove(v=True, force=True)
@@ -170,6 +172,7 @@ def test_a_killed_up_is_finished_by_the_next(client: Any, folder: Path) -> None:
     assert pinged.stdout.count("pong") == 3, pinged.stdout + pinged.stderr
 
 
+@pytest.mark.slow
 def test_a_rebooted_host_and_a_pruned_network_come_back(client: Any, folder: Path) -> None:
     made = lab.up(1, name=NAME, inventory_dir=folder)
     assert ping(made).returncode == 0  # leaves shared connections, which would hang
@@ -197,6 +200,7 @@ def test_command_line(folder: Path) -> None:
     assert run("status")["exists"] is False
 
 
+@pytest.mark.slow
 def test_offline_has_no_route_out(client: Any, state: Path, tmp_path: Path) -> None:
     name = f"{NAME}-off"
     try:
@@ -234,6 +238,7 @@ def test_down_leaves_nothing(client: Any, state: Path, folder: Path) -> None:
     assert lab.down(NAME, folder) == lab.LabRemoved((), (), (), (), (), ())
 
 
+@pytest.mark.slow
 def test_down_keeps_what_the_user_wrote(client: Any, state: Path, folder: Path) -> None:
     """Also: what is left of a lab by hand is found, its volumes by their label."""
     made = lab.up(1, name=NAME, inventory_dir=folder)
