@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ Json = dict[str, Any]
 ray_env = load_module("ray_env")
 
 VERSION = "{}.{}".format(*sys.version_info[:2])
-PINS = ["app==1.0", "lib==2.0"]
+PIP = importlib.metadata.distribution("pip")
+# pip is pinned as everything else: a host may have none.
+PINS = ["app==1.0", "lib==2.0", f"pip=={PIP.version}"]
 
 
 def wheel(folder: Path, name: str, version: str) -> Path:
@@ -55,25 +58,59 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of wheels; among them the pip that runs these tests, as a wheel again."""
     folder = tmp_path_factory.mktemp("shop")
     for name, version in (("app", "1.0"), ("lib", "1.0"), ("lib", "2.0"), ("more", "1.0")):
         wheel(folder, name, version)
+    with zipfile.ZipFile(folder / f"pip-{PIP.version}-py3-none-any.whl", "w") as file:
+        for item in PIP.files or ():
+            if item.parts[0].startswith("pip") and item.suffix != ".pyc":
+                file.write(str(item.locate()), str(item))
     return folder
 
 
+def without_ensurepip(path: Path) -> str:
+    """An interpreter as Debian leaves it without python3-venv."""
+    answer = json.dumps({"python": VERSION, "glibc": "2.36", "machine": "x86_64", "ensurepip": False})
+    path.write_text(
+        f"#!/bin/sh\ncase \"$*\" in *'import ensurepip'*) echo '{answer}';; *) exec {sys.executable} \"$@\";; esac\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@dataclass(frozen=True)
+class Made:
+    path: Path
+    arguments: Json
+    result: Json
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, shop: Path) -> tuple[Path, Json]:
-    """An environment from nothing, into a folder that is not there either; and what the module said."""
-    path = tmp_path_factory.mktemp("made") / "opt/env"
+def made(tmp_path_factory: pytest.TempPathFactory, shop: Path) -> Made:
+    """From nothing, on a host without an index and without ensurepip: all there is comes in a wheelhouse."""
+    folder = tmp_path_factory.mktemp("host")
+    with tarfile.open(folder / "house.tar", "w") as tar:
+        for pin in PINS:
+            name = f"{pin.replace('==', '-')}-py3-none-any.whl"
+            tar.add(shop / name, arcname=name)
+    arguments: Json = {
+        # Its parent is not there either.
+        "path": str(folder / "opt/env"),
+        "python": without_ensurepip(folder / "python"),
+        "pins": PINS,
+        "inputs": "digest",
+        "wheelhouse": str(folder / "house.tar"),
+    }
     with pytest.MonkeyPatch.context() as patch:
         offline(patch)
-        return path, present(path, shop)
+        return Made(folder / "opt/env", arguments, call(ray_env, **arguments))
 
 
 @pytest.fixture
-def env(made: tuple[Path, Json], tmp_path: Path) -> Path:
+def env(made: Made, tmp_path: Path) -> Path:
     """The same for each test, as a copy."""
-    return Path(shutil.copytree(made[0], tmp_path / "env", symlinks=True))
+    return Path(shutil.copytree(made.path, tmp_path / "env", symlinks=True))
 
 
 def present(path: Path, shop: Path, *, pins: list[str] | None = None, **more: Any) -> Json:
@@ -120,16 +157,17 @@ def test_the_pin_of_a_wheel_file() -> None:
 # ------------------------------------------------------------------ real environments
 
 
-def test_an_environment_from_nothing(made: tuple[Path, Json], shop: Path) -> None:
-    """The second run changes nothing."""
-    path, first = made
-    assert (first["changed"], first["missing"], first["python"]) == (True, PINS, VERSION)
-    assert have(path) == {"app": "1.0", "lib": "2.0"}
-    lock = json.loads((path / "clusterkit.lock.json").read_text())
-    assert (lock["pins"], lock["inputs"], lock["digest"]) == (PINS, "digest", first["digest"])
-    second = present(path, shop)
+def test_a_wheelhouse_is_enough(made: Made) -> None:
+    """No index, no links, no ensurepip; the second run changes nothing."""
+    assert (made.result["changed"], made.result["missing"], made.result["python"]) == (True, PINS, VERSION)
+    assert have(made.path) == {"app": "1.0", "lib": "2.0"}
+    lock = json.loads((made.path / "clusterkit.lock.json").read_text())
+    assert (lock["pins"], lock["inputs"], lock["digest"]) == (PINS, "digest", made.result["digest"])
+    # What was unpacked is gone.
+    assert list(made.path.parent.iterdir()) == [made.path]
+    second = call(ray_env, **made.arguments)
     assert (second["changed"], second["missing"], second["extra"]) == (False, [], [])
-    assert second["digest"] == first["digest"]
+    assert second["digest"] == made.result["digest"]
 
 
 def test_what_is_taken_out_by_hand_comes_back(env: Path, shop: Path) -> None:
@@ -143,7 +181,7 @@ def test_what_is_taken_out_by_hand_comes_back(env: Path, shop: Path) -> None:
 
 
 def test_another_version_is_replaced(env: Path, shop: Path) -> None:
-    assert present(env, shop, pins=["app==1.0", "lib==1.0"])["missing"] == ["lib==1.0"]
+    assert present(env, shop, pins=[*PINS[:1], "lib==1.0", *PINS[2:]])["missing"] == ["lib==1.0"]
     assert have(env) == {"app": "1.0", "lib": "1.0"}
 
 
@@ -156,7 +194,7 @@ def test_what_is_too_many_goes(env: Path, shop: Path) -> None:
 
 
 def test_check_mode_tells_and_leaves(env: Path, shop: Path, tmp_path: Path) -> None:
-    told = present(env, shop, pins=["app==1.0"], check=True)
+    told = present(env, shop, pins=[PINS[0], PINS[2]], check=True)
     assert (told["changed"], told["extra"]) == (True, ["lib"])
     assert have(env) == {"app": "1.0", "lib": "2.0"}
     assert present(tmp_path / "new", shop, check=True)["changed"]
@@ -213,53 +251,6 @@ def test_no_interpreter(tmp_path: Path) -> None:
     assert failed["failed"]
     assert "python9.9" in failed["msg"]
     assert "ray_env_python" in failed["msg"]
-
-
-# ------------------------------------------------------------------ a host without an index, or without ensurepip
-
-
-@pytest.fixture(scope="module")
-def pip_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pip that runs these tests, as a wheel again."""
-    distribution = importlib.metadata.distribution("pip")
-    path = tmp_path_factory.mktemp("pip") / f"pip-{distribution.version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as file:
-        for item in distribution.files or ():
-            if item.parts[0].startswith("pip") and item.suffix != ".pyc":
-                file.write(str(item.locate()), str(item))
-    return path
-
-
-def wheelhouse(path: Path, *wheels: Path) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for item in wheels:
-            tar.add(item, arcname=item.name)
-    return path
-
-
-def without_ensurepip(path: Path) -> str:
-    """An interpreter as Debian leaves it without python3-venv."""
-    answer = json.dumps({"python": VERSION, "glibc": "2.36", "machine": "x86_64", "ensurepip": False})
-    path.write_text(
-        f"#!/bin/sh\ncase \"$*\" in *'import ensurepip'*) echo '{answer}';; *) exec {sys.executable} \"$@\";; esac\n"
-    )
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_wheelhouse_is_enough(shop: Path, tmp_path: Path, pip_wheel: Path) -> None:
-    """No index, no links, and no ensurepip: pip itself comes from the wheelhouse."""
-    archive = wheelhouse(
-        tmp_path / "house.tar", pip_wheel, *(shop / f"{name}-py3-none-any.whl" for name in ("app-1.0", "lib-2.0"))
-    )
-    pins = [*PINS, ray_env.wheel_pin(str(pip_wheel))]
-    given: Json = {"path": str(tmp_path / "env"), "python": without_ensurepip(tmp_path / "python"), "pins": pins}
-    first = call(ray_env, **given, wheelhouse=str(archive))
-    assert first["changed"], first
-    assert have(tmp_path / "env") == {"app": "1.0", "lib": "2.0"}
-    # What was unpacked is gone.
-    assert {item.name for item in tmp_path.iterdir()} == {"env", "house.tar", "python"}
-    assert not call(ray_env, **given, wheelhouse=str(archive))["changed"]
 
 
 def test_without_ensurepip_and_without_a_wheel_of_pip(shop: Path, tmp_path: Path) -> None:
