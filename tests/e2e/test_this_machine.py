@@ -106,6 +106,8 @@ def person(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
     entry = pwd.getpwnam(USER)
     someone = Person(Path(entry.pw_dir), entry.pw_uid, entry.pw_gid, switched=True)
     assert not list(someone.home.iterdir())
+    # The number of an earlier user may have come back, and a killed test run cleans nothing up.
+    shutil.rmtree(f"/tmp/clusterkit-{entry.pw_uid}", ignore_errors=True)
     _copy_checkout(someone.kit)
     subprocess.run(["chown", "-R", f"{entry.pw_uid}:{entry.pw_gid}", str(someone.kit)], check=True)
     yield someone
