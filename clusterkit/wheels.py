@@ -72,6 +72,8 @@ class Wish:
     def digest(self, target: Target) -> str:
         """Names inputs, not where they come from: a mirror that moves changes no environment."""
         data = {
+            # Raised when locks come to be made in another way, so that none of the old ones is taken.
+            "made": 2,
             "requirements": self.requirements,
             "exclude": self.exclude,
             "provides_vllm": self.provides_vllm,
