@@ -53,10 +53,13 @@ class Finding:
 
     def without(self, secrets: Iterable[str]) -> Finding:
         """The same, with `***` for each secret that would be in its words."""
-        subject, problem, fix = self.subject, self.problem, self.fix
-        for secret in secrets:
-            subject, problem, fix = (text.replace(secret, "***") for text in (subject, problem, fix))
-        return replace(self, subject=subject, problem=problem, fix=fix)
+        found = list(secrets)
+        return replace(
+            self,
+            subject=blanked(self.subject, found),
+            problem=blanked(self.problem, found),
+            fix=blanked(self.fix, found),
+        )
 
     def __str__(self) -> str:
         who = ""
@@ -64,6 +67,13 @@ class Finding:
             more = f" (+{len(self.hosts) - 1} more)" if len(self.hosts) > 1 else ""
             who = f" [{self.hosts[0]}{more}]"
         return f"{self.place}{who} {self.subject}: {self.problem}. Fix: {self.fix}"
+
+
+def blanked(text: str, secrets: Iterable[str]) -> str:
+    """The text with `***` for each secret in it."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def merge(findings: Iterable[Finding]) -> list[Finding]:

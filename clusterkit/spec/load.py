@@ -6,7 +6,6 @@ import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Tag, ValidationError
@@ -48,6 +47,7 @@ class _Loader:
         self.raw = raw
         self.findings: list[Finding] = []
         self.readers: dict[str, tuple[str, ...]] = {}
+        self.secrets = raw.secrets
 
     def load(self) -> tuple[ClusterSpec | None, list[Finding]]:
         if not self.raw.hosts:
@@ -80,14 +80,6 @@ class _Loader:
         if named and not finding.hosts:
             finding = replace(finding, hosts=self.readers[named[0]])
         return finding.without(self.secrets)
-
-    @cached_property
-    def secrets(self) -> list[str]:
-        """Longest first, so that none is left as a part. Very short ones would blank out half the words."""
-        found = {
-            secret for variables in self.raw.hosts.values() for value in variables.values() for secret in value.secrets
-        }
-        return sorted((secret for secret in found if len(secret) > 3), key=lambda secret: (-len(secret), secret))
 
     # --- variables -------------------------------------------------------------------------------
 

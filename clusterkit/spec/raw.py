@@ -55,6 +55,13 @@ class RawInventory:
     role_options: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     broken: tuple[Finding, ...] = ()
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Longest first, so that none is left as a part. Very short ones would blank out half the words."""
+        values = [value for variables in self.hosts.values() for value in variables.values()]
+        found = {secret for value in values for secret in value.secrets if len(secret) > 3}
+        return tuple(sorted(found, key=lambda secret: (-len(secret), secret)))
+
     def group(self, name: str) -> tuple[str, ...]:
         return tuple(self.groups.get(name, ()))
 

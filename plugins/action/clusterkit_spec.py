@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 from ansible.errors import AnsibleError
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 
 from clusterkit.render.serve import serve_config
 from clusterkit.spec.files import broken_sources, encrypted, unparsable, variable_files
-from clusterkit.spec.findings import Finding, Place, merge
+from clusterkit.spec.findings import Finding, Place, blanked, merge
 from clusterkit.spec.load import load
 from clusterkit.spec.raw import RawInventory, RawValue
 
@@ -29,14 +30,18 @@ ROLES = Path(__file__).resolve().parents[2] / "roles"
 
 
 class ActionModule(ActionBase):
-    """No options. Returns `findings`, and on success `cluster`."""
+    """Returns `findings`, and on success `cluster`: with `***` for what came out of a vault, unless
+    `secrets` asks for it."""
 
     _requires_connection = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result = super().run(tmp, task_vars)
+        hidden: tuple[str, ...] = ()
         try:
-            spec, findings = load(self._inventory(task_vars or {}))
+            inventory = self._inventory(task_vars or {})
+            hidden = inventory.secrets
+            spec, findings = load(inventory)
         except AnsibleError as error:
             # Files of host_vars and of smaller groups are first read here; one that does not parse hides the rest.
             spec, findings = None, _unreadable(error, task_vars or {})
@@ -45,7 +50,8 @@ class ActionModule(ActionBase):
             lines = "\n".join(f"  {finding}" for finding in findings)
             result.update(failed=True, msg=f"The inventory has {len(findings)} finding(s):\n{lines}")
             return result
-        result["cluster"] = {**spec.published(), "serve_config": serve_config(spec)}
+        cluster = {**spec.published(), "serve_config": serve_config(spec)}
+        result["cluster"] = cluster if boolean(self._task.args.get("secrets", False)) else _masked(cluster, hidden)
         return result
 
     def _inventory(self, task_vars: dict[str, Any]) -> RawInventory:
@@ -76,6 +82,14 @@ class ActionModule(ActionBase):
             for name, source in raw.items()
             if name.startswith(prefixes) or name in wanted or name == "ansible_host" or _might_be_typo(name)
         }
+
+
+def _masked(value: Any, secrets: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(inner, secrets) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_masked(inner, secrets) for inner in value]
+    return blanked(value, secrets) if isinstance(value, str) else value
 
 
 def _hosts(groups: dict[str, list[str]]) -> list[str]:

@@ -9,7 +9,11 @@ description:
   - Fails with every mistake at once, each with its file, line, host and fix. Touches no host.
 author:
   - clusterkit
-options: {}
+options:
+  secrets:
+    description: Return what came out of a vault as it is, instead of C(***); only with C(no_log).
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -26,7 +30,7 @@ findings:
   type: list
   elements: dict
 cluster:
-  description: The cluster without its secrets, for the fact C(clusterkit).
+  description: The cluster, for the fact C(clusterkit).
   returned: success
   type: dict
 """

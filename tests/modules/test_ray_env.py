@@ -109,8 +109,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, shop: Path) -> Made:
 
 @pytest.fixture
 def env(made: Made, tmp_path: Path) -> Path:
-    """The same for each test, as a copy."""
-    return Path(shutil.copytree(made.path, tmp_path / "env", symlinks=True))
+    """The same for each test. Linked, not copied: pip replaces files, and writes into none."""
+    return Path(shutil.copytree(made.path, tmp_path / "env", symlinks=True, copy_function=os.link))
 
 
 def present(path: Path, shop: Path, *, pins: list[str] | None = None, **more: Any) -> Json:
@@ -205,6 +205,7 @@ def test_check_mode_tells_and_leaves(env: Path, shop: Path, tmp_path: Path) -> N
 
 def test_a_lock_that_was_lost_is_written_again(env: Path, shop: Path) -> None:
     """Workers are told stale by it."""
+    (env / "clusterkit.lock.json").unlink()
     (env / "clusterkit.lock.json").write_text("{")
     assert present(env, shop)["changed"]
     assert not present(env, shop)["changed"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
 from clusterkit.render.serve import serve_config
+from clusterkit.spec import files
 from clusterkit.spec.cluster import ClusterSpec
 from clusterkit.spec.findings import Finding, Place, did_you_mean, merge
 from clusterkit.spec.load import load
@@ -409,6 +411,57 @@ def test_no_host() -> None:
     assert [(str(item.place), item.problem) for item in findings] == [("inventory/none", "no host in it")]
     broken = Finding(Place("inventory/none/hosts.yml", 3), "inventory", "does not parse", "mend it")
     assert load(dataclasses.replace(raw, broken=(broken,))) == (None, [broken])
+
+
+# ------------------------------------------------------------------ files that Ansible passes over
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ("all:\n  hosts:\n    h1:\n", 0, ""),
+        ("", 0, ""),
+        ("token: !vault |\n  $ANSIBLE_VAULT;1.1;AES256\n  31\nfree: !unsafe '{{'\n", 0, ""),
+        ("$ANSIBLE_VAULT;1.1;AES256\n3132\n", 0, ""),
+        ("all:\n  hosts: [w2\n", 3, "does not parse"),
+        ("stack: {{ name }}\n", 1, "does not parse: found unhashable key"),
+        ("- name: x\n", 1, "is no YAML mapping"),
+        ("just words\n", 1, "is no YAML mapping"),
+    ],
+)
+def test_files_that_do_not_parse(tmp_path: Path, text: str, line: int, problem: str) -> None:
+    file = tmp_path / "all.yml"
+    file.write_text(text)
+    found = files.unparsable([file])
+    assert [item.place for item in found] == ([Place(str(file), line)] if problem else [])
+    assert all(problem in item.problem for item in found)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "all.yml").write_bytes(b"a: \xff\xfe\n")
+    assert [item.problem for item in files.unparsable([tmp_path / "all.yml"])] == ["is not text in UTF-8"]
+
+
+def test_a_broken_file_beside_a_whole_one(tmp_path: Path) -> None:
+    """Ansible takes what it can read and goes on with a warning; half a cluster is not what was asked for."""
+    (tmp_path / "a.yml").write_text("all: {}\n")
+    (tmp_path / "b.yml").write_text("all: [\n")
+    (tmp_path / "hosts").write_text("[ray_head]\nh1\n")
+    found = files.broken_sources([str(tmp_path), "h1,h2", str(tmp_path / "absent")])
+    assert [item.place.file for item in found] == [str(tmp_path / "b.yml"), str(tmp_path / "absent")]
+    _, findings = load(dataclasses.replace(inventory(), broken=tuple(found)))
+    assert set(findings) == set(found)
+
+
+def test_the_variable_files_of_an_inventory(tmp_path: Path) -> None:
+    """Beside a file or in a folder, with Ansible's suffixes and with none."""
+    names = ["group_vars/all/main.yml", "group_vars/gpus", "host_vars/w1.yaml", "host_vars/w2.json"]
+    for name in [*names, "group_vars/all/notes.txt", "hosts.yml"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    wanted = [tmp_path / name for name in names]
+    assert files.variable_files(str(tmp_path)) == wanted
+    assert files.variable_files(str(tmp_path / "hosts.yml")) == wanted
 
 
 # ------------------------------------------------------------------ findings
