@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -30,12 +30,19 @@ Inventory = Annotated[
     typer.Option("--inventory", "-i", help="The lab's inventory folder (default: inventory/NAME)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Runtime = Literal["container", "venv"]
+
+_RUNTIME = "\n# Chosen by `clusterkit lab up --runtime`.\nclusterkit_runtime: {}\n"
 
 
 @app.command()
 def up(
     workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Hosts besides the head.")] = 2,
     offline: Annotated[bool, typer.Option("--offline", help="A network without a route out.")] = False,
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(help="What Ray runs in there (default: as the lab has it, else container; offline: venv)."),
+    ] = None,
     mirror: Annotated[
         str | None,
         typer.Option(help="Debian mirror of the hosts (default: this machine's, or deb.debian.org)."),
@@ -49,13 +56,14 @@ def up(
 
     talk = Console(stderr=True)
     started = time.monotonic()
+    folder = _folder(inventory, name)
     made = lab.up(
         workers,
         name=name,
-        inventory_dir=_folder(inventory, name),
+        inventory_dir=folder,
         offline=offline,
         mirror=mirror,
-        group_vars=_settings("all"),
+        group_vars=_settings("all") + _RUNTIME.format(runtime or _runtime_of(folder, offline)),
         pool_vars=_settings("cpu_pool"),
         on_progress=lambda line: talk.print(
             f"[dim]{time.monotonic() - started:5.1f} s[/] {escape(line)}", soft_wrap=True
@@ -70,6 +78,14 @@ def up(
 def _settings(group: str) -> str:
     """What the lab's inventory says about a group: an ordinary file of the checkout."""
     return (ROOT / "lab" / "inventory" / f"{group}.yml").read_text(encoding="utf-8")
+
+
+def _runtime_of(inventory: Path, offline: bool) -> Runtime:
+    """What an earlier `up` chose. Without a route, the hosts cannot install Docker."""
+    settings = inventory / "group_vars" / "all" / "main.yml"
+    if settings.is_file() and _RUNTIME.format("venv").strip() in settings.read_text(encoding="utf-8"):
+        return "venv"
+    return "venv" if offline else "container"
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clusterkit import lab
+from clusterkit import debian, lab
 from clusterkit.errors import ToolMissing, UsageError
 
 ADDRESSES = {"head": "198.18.0.10", "worker1": "198.18.0.11", "worker2": "198.18.0.12"}
@@ -161,12 +161,12 @@ def test_sources_of_a_debian_12_controller(tmp_path: Path) -> None:
             "deb cdrom:[Debian]/ bookworm main\n"
         ),
     )
-    assert lab.debian_sources(None, root=root) == [
+    assert debian.debian_sources(None, root=root) == [
         "deb https://mirror.example/security bookworm-security main",
         "deb http://mirror.example/debian bookworm main non-free-firmware",
         "deb http://mirror.example/debian bookworm-updates main non-free-firmware",
     ]
-    assert lab.debian_sources("http://given.example/debian", root=root) == [
+    assert debian.debian_sources("http://given.example/debian", root=root) == [
         "deb http://given.example/debian bookworm main",
         "deb http://given.example/debian bookworm-updates main",
     ]
@@ -174,7 +174,7 @@ def test_sources_of_a_debian_12_controller(tmp_path: Path) -> None:
 
 def test_sources_of_another_controller(tmp_path: Path) -> None:
     root = machine(tmp_path, "ID=ubuntu\nVERSION_CODENAME=noble\n", x_list="deb http://a.example noble main\n")
-    assert lab.debian_sources(None, root=root) == [
+    assert debian.debian_sources(None, root=root) == [
         "deb http://deb.debian.org/debian bookworm main",
         "deb http://deb.debian.org/debian bookworm-updates main",
         "deb http://deb.debian.org/debian-security bookworm-security main",
