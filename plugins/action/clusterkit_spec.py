@@ -51,7 +51,9 @@ class ActionModule(ActionBase):
             result.update(failed=True, msg=f"The inventory has {len(findings)} finding(s):\n{lines}")
             return result
         cluster = {**spec.published(), "serve_config": serve_config(spec)}
-        result["cluster"] = cluster if boolean(self._task.args.get("secrets", False)) else _masked(cluster, hidden)
+        shown = cluster if boolean(self._task.args.get("secrets", False)) else _masked(cluster, hidden)
+        # Whether a second reading, unseen, is needed at all.
+        result.update(cluster=shown, blanked=shown != cluster)
         return result
 
     def _inventory(self, task_vars: dict[str, Any]) -> RawInventory:

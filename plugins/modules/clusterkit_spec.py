@@ -33,4 +33,8 @@ cluster:
   description: The cluster, for the fact C(clusterkit).
   returned: success
   type: dict
+blanked:
+  description: Whether C(cluster) has C(***) in it.
+  returned: success
+  type: bool
 """

@@ -1,7 +1,4 @@
-"""The launcher with a real Ray, and a model on it. Needs an engine environment:
-
-CLUSTERKIT_TEST_ENGINE=/opt/clusterkit/ray-env pytest -m engine tests/roles/test_engine_launcher.py
-"""
+"""The launcher with a real Ray, and a model on it, in an engine environment that the role ray_env makes."""
 
 from __future__ import annotations
 
@@ -27,13 +24,27 @@ from serve_apps import template as templates
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "roles/ray_node/files/ray-node"
 MAKER = ROOT / "roles/model_store/files/make_tiny_llama.py"
-ENGINE = os.environ.get("CLUSTERKIT_TEST_ENGINE", "")
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.skipif(not ENGINE, reason="CLUSTERKIT_TEST_ENGINE names no engine environment"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine environment; CLUSTERKIT_TEST_ENGINE names one that is there, to save two minutes."""
+    given = os.environ.get("CLUSTERKIT_TEST_ENGINE")
+    if given:
+        Node.engine = Path(given)
+        return Node.engine
+    root = tmp_path_factory.mktemp("engine")
+    command = ["ansible-playbook", "playbooks/images.yml", "-i", "inventory/local", "--tags", "ray_env"]
+    command += ["-e", json.dumps({"ray_env_path": str(root / "ray-env")})]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    Node.engine = root / "ray-env"
+    return Node.engine
 
 
 def free_block(size: int) -> int:
@@ -51,6 +62,8 @@ def free_block(size: int) -> int:
 
 class Node:
     """One node with its own folders."""
+
+    engine: Path  # set by the fixture of that name
 
     def __init__(self, folder: Path, kind: str, head: Node | None = None, **changes: Any) -> None:
         self.folder = folder / kind
@@ -72,7 +85,7 @@ class Node:
         self.config = {
             "kind": kind,
             "runtime": "venv",
-            "venv": ENGINE,
+            "venv": str(self.engine),
             "node_ip": node_ip,
             "head_address": f"127.0.0.1:{gcs}",
             "ports": {**self.ports, "worker_min": base + 10000, "worker_max": base + 10199},
@@ -301,7 +314,7 @@ def apply(head: Node, config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     arguments = {
         "url": f"http://127.0.0.1:{head.ports['dashboard']}",
         "token_file": str(head.token),
-        "ray_python": f"{ENGINE}/bin/python",
+        "ray_python": f"{Node.engine}/bin/python",
         "config": config,
         "wait_timeout_s": 400,
     }
@@ -335,7 +348,7 @@ def server_pids(answer: dict[str, Any]) -> list[int]:
 
 def test_a_model_from_nothing_to_real_tokens(head: Node, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    subprocess.run([f"{ENGINE}/bin/python", str(MAKER), "--out", str(model)], check=True, capture_output=True)
+    subprocess.run([f"{Node.engine}/bin/python", str(MAKER), "--out", str(model)], check=True, capture_output=True)
 
     def config(**scaling: int) -> dict[str, Any]:
         llm = templates.load("llm")
