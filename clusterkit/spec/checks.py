@@ -24,6 +24,38 @@ REMOVED_SERVE_OPTIONS = {
 TOLERANCE = 1e-9
 
 
+def container_runtime(
+    facts: ClusterFacts, stack: Stack, raw: RawInventory, values: Mapping[str, RawValue]
+) -> Iterator[Finding]:
+    """Containers need root on every host, and an image that can be built or pulled."""
+    place = values.get("runtime", RawValue()).place()
+    managed = raw.group("managed_hosts")
+    without = tuple(host for host in (*raw.group("ray_head"), *raw.group("ray_workers")) if host not in managed)
+    if without:
+        yield Finding(
+            place,
+            "clusterkit_runtime",
+            "containers need root, and root work is done on managed_hosts only",
+            "put the hosts into the group managed_hosts, or set clusterkit_runtime: venv",
+            tuple(dict.fromkeys(without)),
+        )
+    if stack.image is None and facts.image is None:
+        built = ", ".join(row.name for row in table().rows if row.image)
+        yield Finding(
+            place,
+            "clusterkit_image",
+            f"this release has no recipe for an image of the row {stack.name!r}",
+            f"name an image that the hosts pull, set clusterkit_runtime: venv, or use a row that has one: {built}",
+        )
+    if facts.image is not None and ":" not in facts.image.rpartition("/")[2]:
+        yield Finding(
+            values.get("image", RawValue()).place(),
+            "clusterkit_image",
+            "names no version of the image: what it means would change with every pull",
+            "name a tag, or better a digest: registry.example/vllm@sha256:...",
+        )
+
+
 def empty_inventory(raw: RawInventory) -> list[Finding]:
     """There is no host, and no file that says why."""
     source = raw.sources[0] if raw.sources else ""

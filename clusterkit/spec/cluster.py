@@ -101,6 +101,9 @@ class ClusterSpec(_Frozen):
         return {
             "name": facts.name,
             "runtime": facts.runtime,
+            "image": facts.image,
+            # What runs Python with Ray in it, in either runtime; made by ray_env or vllm_image.
+            "ray_python": facts.paths.root + ("/ray-env/bin/python" if facts.runtime == "venv" else "/bin/ray-python"),
             "stack": self.stack.model_dump(mode="json"),
             "service_user": facts.service_user,
             "ports": facts.ports.model_dump(),

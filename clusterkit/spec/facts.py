@@ -142,7 +142,12 @@ class ClusterFacts(Facts):
     stack: str = Field(description="a row of the version table: `clusterkit stacks`")
     ray_version: str | None = Field(None, description="overrides the stack's")
     vllm_version: str | None = Field(None, description="overrides the stack's")
-    runtime: Literal["venv"] = Field("venv", description="what Ray runs in")
+    runtime: Literal["venv", "container"] = Field(
+        "venv", description="what Ray runs in; `container` needs root and Docker on the hosts"
+    )
+    image: str | None = Field(
+        None, description="container runtime: an image that the hosts pull, best by digest; default: built by the kit"
+    )
     service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")] = Field(
         "ray", description="the user that runs Ray; made by the role baseline"
     )

@@ -270,6 +270,8 @@ class _Loader:
                     f"use a row that has: {', '.join(r.name for r in table().rows if r.engine)}",
                 )
             )
+        if facts is not None and facts.runtime == "container":
+            self.findings += checks.container_runtime(facts, stack, self.raw, values)
         return _with_overrides(stack, row)
 
     # --- apps ------------------------------------------------------------------------------------

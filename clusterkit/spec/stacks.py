@@ -31,6 +31,15 @@ class Engine(_Row):
     note: str = ""
 
 
+class Image(_Row):
+    """How the engine's image is built: a folder of images/vllm/, and what its base holds."""
+
+    recipe: str
+    python: str
+    glibc: str
+    packages: tuple[str, ...] = ()
+
+
 class Driver(_Row):
     """The kernel driver, a pin of its own since ROCm 7.0."""
 
@@ -53,6 +62,7 @@ class Stack(_Row):
     base_image_digest: str = ""
     prebuilt_image: str = ""
     engine: Engine | None = None
+    image: Image | None = None
     sources: tuple[str, ...] = ()
 
 

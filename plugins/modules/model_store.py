@@ -24,6 +24,15 @@ options:
     description: Interpreter of the Ray environment, for what is made.
     type: path
     default: /usr/bin/python3
+  user:
+    description: Ray's user, who has to be able to read the weights and who owns what is made; where the module
+      itself runs as root.
+    type: str
+    default: ""
+  python_becomes_user:
+    description: Whether C(python) is a command that becomes Ray's user by itself.
+    type: bool
+    default: false
   maker:
     description: The program that makes a model.
     type: path
@@ -47,6 +56,7 @@ made:
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -75,14 +85,43 @@ def folder_problems(path):
     return None
 
 
-def run(command):
+def problems_for(user, path):
+    """The same, as Ray's user sees it."""
+    if not user or os.geteuid() != 0:
+        return folder_problems(path)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "%s could not be looked at as %s" % (path, user)
+        try:
+            os.setgroups(os.getgrouplist(user, pwd.getpwnam(user).pw_gid))
+            os.setgid(pwd.getpwnam(user).pw_gid)
+            os.setuid(pwd.getpwnam(user).pw_uid)
+            said = folder_problems(path) or ""
+        finally:
+            os.write(writer, said.encode())
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        said = answer.read().decode()
+    os.waitpid(child, 0)
+    return said or None
+
+
+def run(command, user=""):
+    who = {}
+    if user and os.geteuid() == 0:
+        entry = pwd.getpwnam(user)
+        who = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
     # Libraries leave caches in TMPDIR; here they go with it.
     with tempfile.TemporaryDirectory() as scratch:
+        if who:
+            os.chown(scratch, who["user"], who["group"])
         environment = dict(
             os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TMPDIR=scratch
         )
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, env=environment, **who
         )
     return done.returncode, done.stdout, done.stderr
 
@@ -93,7 +132,8 @@ def whole(maker, path):
 
 
 def make(module, model):
-    code, out, err = run([module.params["python"], module.params["maker"], "--out", model["path"]])
+    user = "" if module.params["python_becomes_user"] else module.params["user"]
+    code, out, err = run([module.params["python"], module.params["maker"], "--out", model["path"]], user)
     if code != 0:
         module.fail_json(msg="model %s could not be made: %s" % (model["id"], (err or out).strip()[-1500:]))
     return json.loads(out.strip().splitlines()[-1])
@@ -105,6 +145,8 @@ def main():
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "models": {"type": "list", "elements": "dict", "required": True},
             "python": {"type": "path", "default": "/usr/bin/python3"},
+            "user": {"type": "str", "default": ""},
+            "python_becomes_user": {"type": "bool", "default": False},
             "maker": {"type": "path", "required": True},
         },
         supports_check_mode=True,
@@ -117,7 +159,7 @@ def main():
                 if not module.check_mode:
                     shutil.rmtree(model["path"])
         elif model["folder"]:
-            problem = folder_problems(model["path"])
+            problem = problems_for(module.params["user"], model["path"])
             if problem:
                 problems.append("model %s: %s" % (model["id"], problem))
         elif not (os.path.exists(module.params["maker"]) and whole(module.params["maker"], model["path"])):

@@ -1,0 +1,75 @@
+"""The engine's image on a host: as the host has it, built on the controller, or pulled."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+
+from clusterkit import images, wheels
+from clusterkit.errors import ClusterkitError
+
+STORE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clusterkit"
+
+
+class ActionModule(ActionBase):
+    """Options: name, reference (pulled as it is) or recipe, engine and sources (built); registry, mirror."""
+
+    TRANSFERS_FILES = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        super().run(tmp, task_vars)
+        args = dict(self._task.args)
+        base = {"name": args["name"]}
+        if args.get("state", "present") == "absent":
+            return self._module({**base, "state": "absent"}, task_vars)
+        if args.get("reference"):
+            return self._module({**base, "tag": args["reference"], "pull": True}, task_vars)
+        try:
+            return self._built(args, base, task_vars)
+        except ClusterkitError as error:
+            raise AnsibleActionFail(f"{error.message}\nFix: {error.hint}") from None
+
+    def _built(self, args: dict[str, Any], base: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+        recipe = args["recipe"]
+        wish = wheels.wish_from({**args["engine"], **args["sources"]})
+
+        def planned(machine: str) -> images.ImagePlan:
+            target = wheels.Target(recipe["python"], recipe["glibc"], machine)
+            return images.ImagePlan(recipe["name"], tuple(recipe["packages"]), wish, target)
+
+        # Almost every host is of the controller's architecture; one that is not is asked again.
+        machine = os.uname().machine
+        info = self._module({**base, "state": "info", "inputs": planned(machine).inputs}, task_vars)
+        if info.get("failed"):
+            return info
+        if info["machine"] != machine:
+            raise AnsibleActionFail(
+                f"the host is {info['machine']}, the controller {machine}: images are built for one's own\n"
+                "Fix: run from a controller of that architecture, or name an image: clusterkit_image"
+            )
+        if info["tag"]:
+            return self._module({**base, "tag": info["tag"]}, task_vars)
+        if self._task.check_mode:
+            return self._module({**base, "tag": f"{images.REPOSITORY}-{recipe['name']}:(to be built)"}, task_vars)
+        tag, archive = images.archive(planned(machine), store=STORE, mirror=args.get("mirror") or "")
+        if args.get("registry"):
+            name = images.push(tag, args["registry"], archive)
+            return self._module({**base, "tag": name, "pull": True}, task_vars)
+        folder = self._make_tmp_path()
+        try:
+            remote = self._connection._shell.join_path(folder, archive.name)
+            self._transfer_file(str(archive), remote)
+            self._fixup_perms2((folder, remote))
+            return self._module({**base, "tag": tag, "archive": remote}, task_vars)
+        finally:
+            self._remove_tmp_path(folder)
+
+    def _module(self, options: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+        done: dict[str, Any] = self._execute_module(
+            module_name="container_image", module_args=options, task_vars=task_vars
+        )
+        return done
