@@ -213,7 +213,7 @@ def test_instance_file(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"kind": "both"}, "must be head or worker"),
-        ({"runtime": "podman"}, "this launcher knows venv"),
+        ({"runtime": "podman"}, "it must be container or venv"),
         ({"temp_dir": "relative"}, "temp_dir must be an absolute path"),
         ({"temp_dir": "/tmp/" + "x" * 60}, "may have 43"),
         ({"node_ip": ""}, "node_ip is missing"),

@@ -1,0 +1,131 @@
+"""Unit, launcher and agent agree on who is alive, whatever happens to dockerd, the launcher or the host."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.lab.conftest import Cluster, clusterkit
+
+pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
+
+WORKER = "worker1"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.5)
+
+
+def unit(cluster: Cluster, host: str = WORKER) -> str:
+    return cluster.on(host, "systemctl show clusterkit-ray -p ActiveState --value")
+
+
+def containers(cluster: Cluster, host: str = WORKER) -> str:
+    return cluster.on(host, "docker ps --all --quiet")
+
+
+def first_process(cluster: Cluster, host: str = WORKER) -> str:
+    return cluster.on(host, "docker inspect --format '{{.State.Pid}}' clusterkit-ray")
+
+
+def assert_down(cluster: Cluster, host: str = WORKER) -> None:
+    wait_for(lambda: unit(cluster, host) in {"failed", "inactive"})
+    assert cluster.agent(host, "status")["state"] == "stopped"
+    assert containers(cluster, host) == ""
+    assert cluster.on(host, "pgrep -c raylet || true") == "0"
+
+
+def back(cluster: Cluster, host: str = WORKER) -> None:
+    assert cluster.agent(host, "start")["state"] == "running"
+
+
+def live_restore(cluster: Cluster, on: bool) -> None:
+    """The site's own dockerd setting, changed as an operator would."""
+    daemon = json.loads(cluster.on(WORKER, "cat /etc/docker/daemon.json"))
+    text = json.dumps({**daemon, "live-restore": on})
+    cluster.on(WORKER, f"echo '{text}' > /etc/docker/daemon.json && systemctl reload docker")
+    wait_for(lambda: f"Live Restore Enabled: {str(on).lower()}" in cluster.on(WORKER, "docker info 2>/dev/null"))
+
+
+def test_the_container_is_rays_users_and_not_privileged(cluster: Cluster) -> None:
+    said = json.loads(cluster.on(WORKER, "docker inspect clusterkit-ray"))[0]
+    assert said["HostConfig"]["Privileged"] is False
+    assert said["HostConfig"]["NetworkMode"] == "host"
+    assert said["Config"]["User"] == cluster.on(WORKER, "echo $(id -u ray):$(id -g ray)")
+    token = cluster.on(WORKER, "cat /var/lib/clusterkit/node/token")
+    assert len(token) == 64
+    assert token not in cluster.on(WORKER, "docker inspect clusterkit-ray; ps -eo args")
+
+
+def test_dockerd_restarts_with_live_restore_and_the_node_lives(cluster: Cluster) -> None:
+    live_restore(cluster, True)
+    before = first_process(cluster)
+    cluster.on(WORKER, "systemctl restart docker")
+    assert first_process(cluster) == before
+    assert (unit(cluster), cluster.agent(WORKER, "status")["state"]) == ("active", "running")
+    # Not even a dockerd that is down keeps the agent from telling the truth, nor from stopping the node.
+    cluster.on(WORKER, "systemctl stop docker.socket docker")
+    assert cluster.agent(WORKER, "status")["state"] == "running"
+    assert cluster.agent(WORKER, "stop")["changed"] is True
+    assert cluster.on(WORKER, "pgrep -c raylet || true") == "0"
+    cluster.on(WORKER, "systemctl start docker")
+    back(cluster)
+
+
+def test_dockerd_restarts_without_live_restore_and_everyone_knows_that_the_node_died(cluster: Cluster) -> None:
+    live_restore(cluster, False)
+    try:
+        cluster.on(WORKER, "systemctl restart docker")
+        assert_down(cluster)
+    finally:
+        live_restore(cluster, True)
+    back(cluster)
+
+
+def test_a_killed_launcher_takes_its_container_along(cluster: Cluster) -> None:
+    cluster.on(WORKER, "kill -9 $(systemctl show clusterkit-ray -p MainPID --value)")
+    assert_down(cluster)
+    back(cluster)
+
+
+def test_a_killed_container_ends_the_unit(cluster: Cluster) -> None:
+    cluster.on(WORKER, "docker kill clusterkit-ray")
+    assert_down(cluster)
+    assert "137" in cluster.agent(WORKER, "status")["reason"]
+    back(cluster)
+
+
+def test_a_raylet_that_the_kernel_killed_ends_the_unit(cluster: Cluster) -> None:
+    """As the kernel does when memory runs out: SIGKILL to one process, and the others stay."""
+    cluster.on(WORKER, "pkill -9 -x raylet")
+    assert_down(cluster)
+    back(cluster)
+
+
+def test_a_drained_node_has_left_and_comes_back(cluster: Cluster) -> None:
+    drained = cluster.agent("worker2", "drain")
+    assert drained["drained"] is True
+    assert cluster.agent("worker2", "status")["state"] == "degraded", "the raylet is gone, the launcher still there"
+    cluster.agent("worker2", "stop")
+    assert_down(cluster, "worker2")
+    back(cluster, "worker2")
+
+
+def test_a_rebooted_worker_is_off_until_it_is_started_and_a_head_comes_back_alone(cluster: Cluster) -> None:
+    for host in (WORKER, "head"):
+        cluster.container(host).restart(timeout=60)
+    up = clusterkit("lab", "up", "--workers", "2", "--name", cluster.name, "--inventory", str(cluster.inventory))
+    assert up.returncode == 0, up.stderr
+    wait_for(lambda: cluster.agent("head", "status")["state"] == "running", 240)
+    assert unit(cluster, WORKER) == "inactive"
+    assert cluster.agent(WORKER, "status")["state"] == "stopped"
+    changed = cluster.deploy()
+    assert changed.get(WORKER), "the worker is started again"
+    assert cluster.deploy() == {}
+    assert {node["host"] for node in cluster.status()["nodes"] if node["alive"]} == {"head", "worker1", "worker2"}
