@@ -10,7 +10,8 @@ ClusterkitError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,15 +46,52 @@ class UsageError(ClusterkitError):
     exit_code = 2
 
 
-class RunFailed(ClusterkitError):
-    """A playbook run failed; the first failure, and where the whole log lies."""
+@dataclass(frozen=True)
+class Failure:
+    """Where a run ended on one host; `kind` is failed or unreachable."""
 
-    def __init__(self, *, host: str, role: str, task: str, message: str, log: str, hint: str | None = None) -> None:
+    host: str
+    kind: str
+    role: str
+    task: str
+    message: str
+
+
+class RunFailed(ClusterkitError):
+    """A playbook run failed: the first failure, all of them, and where the whole log lies.
+
+    `hosts` counts what was done on each host of the run, those that went on to the end included.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        role: str,
+        task: str,
+        message: str,
+        log: str,
+        hint: str | None = None,
+        failures: Sequence[Failure] = (),
+        hosts: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
         super().__init__(message, hint=hint)
         self.host = host
         self.role = role
         self.task = task
         self.log = log
+        self.failures = tuple(failures)
+        self.hosts = dict(hosts or {})
+
+    def as_dict(self) -> dict[str, object]:
+        """For another program."""
+        return {
+            "error": self.message,
+            "hint": self.hint,
+            "failures": [asdict(failure) for failure in self.failures],
+            "hosts": {host: dict(count) for host, count in self.hosts.items()},
+            "log": self.log,
+        }
 
 
 class VerifyFailed(ClusterkitError):

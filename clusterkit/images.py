@@ -26,6 +26,8 @@ from clusterkit.wheels import Target, Wish
 RECIPES = Path(__file__).resolve().parent.parent / "images" / "vllm"
 REPOSITORY = "clusterkit/vllm"
 BASE_REPOSITORY = "clusterkit/base"
+# A newer client without buildx may stand before the distribution's own.
+LAST_RESORT = "/usr/bin"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def builder() -> str:
     From 23 on BuildKit needs the plugin buildx; before, it is built in (Docker's release notes).
     """
     words = "there is no docker client on this machine"
-    for folder in dict.fromkeys([*os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/bin"]):
+    for folder in dict.fromkeys([*os.environ.get("PATH", os.defpath).split(os.pathsep), LAST_RESORT]):
         client = os.path.join(folder, "docker")
         if not os.access(client, os.X_OK):
             continue

@@ -16,7 +16,7 @@ import ansible_runner
 import yaml
 
 from clusterkit import workspace
-from clusterkit.errors import RunFailed, SpecError, UsageError
+from clusterkit.errors import Failure, RunFailed, SpecError, UsageError
 from clusterkit.spec import files
 from clusterkit.spec.findings import Finding, Place
 
@@ -244,7 +244,19 @@ def _run_failed(result: Result) -> RunFailed:
         message, _, hint = message.partition("\nFix: ")
     if first.kind == "unreachable":
         hint = f"try: ssh {first.host}; the others may have gone on. Run the same command again afterwards"
-    return RunFailed(host=first.host, role=first.role, task=first.task, message=message, log=str(result.log), hint=hint)
+    return RunFailed(
+        host=first.host,
+        role=first.role,
+        task=first.task,
+        message=message,
+        log=str(result.log),
+        hint=hint,
+        failures=[
+            Failure(event.host, event.kind, event.role, event.task, event.message.partition("\nFix: ")[0])
+            for event in result.failures
+        ],
+        hosts={host: vars(count) for host, count in result.hosts.items()},
+    )
 
 
 # What Ansible refuses before any play: what it says, and what validation would say of it.

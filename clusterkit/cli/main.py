@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 from dataclasses import asdict
@@ -14,10 +13,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from clusterkit import operations, workspace
-from clusterkit.cli import lab, output
-from clusterkit.errors import ClusterkitError, SpecError, UsageError
+from clusterkit.cli import host as host_verbs
+from clusterkit.cli import init, lab, output, plan
+from clusterkit.cli.options import (
+    AskBecome,
+    AskVault,
+    ExtraVars,
+    Forks,
+    Inventory,
+    Json,
+    Limit,
+    Tags,
+    VaultId,
+    Verbose,
+)
+from clusterkit.cli.options import options as _options
+from clusterkit.errors import ClusterkitError, RunFailed, SpecError, UsageError
 from clusterkit.render.variables import variables
-from clusterkit.runner import Options
 from clusterkit.spec.stacks import table as stack_table
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
@@ -32,36 +44,8 @@ app = typer.Typer(
 render = typer.Typer(help="Show what would be applied.", no_args_is_help=True)
 app.add_typer(render, name="render")
 app.add_typer(lab.app, name="lab")
-
-Inventory = Annotated[
-    str | None, typer.Option("-i", "--inventory", help="The inventory; default inventory/local of the checkout.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Data on stdout, as JSON.")]
-ExtraVars = Annotated[list[str] | None, typer.Option("-e", "--extra-vars", help="As in ansible-playbook.")]
-AskBecome = Annotated[bool, typer.Option("-K", "--ask-become-pass", help="Ask for the sudo password.")]
-AskVault = Annotated[bool, typer.Option("--ask-vault-pass", help="Ask for the vault password.")]
-VaultId = Annotated[list[str] | None, typer.Option("--vault-id", help="As in ansible-playbook.")]
-Limit = Annotated[str | None, typer.Option("--limit", help="Only these hosts.")]
-Tags = Annotated[str | None, typer.Option("--tags", help="Only these roles, such as ray_node.")]
-Forks = Annotated[int | None, typer.Option("--forks", min=1, help="Hosts at the same time.")]
-Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="More in the log.")]
-
-
-def _options(
-    *,
-    extra_vars: list[str] | None = None,
-    ask_become: bool = False,
-    ask_vault: bool = False,
-    vault_id: list[str] | None = None,
-    **rest: Any,
-) -> Options:
-    return Options(
-        extra_vars=tuple(extra_vars or ()),
-        vault_ids=tuple(vault_id or ()),
-        become_password=getpass.getpass("sudo password: ") if ask_become else None,
-        vault_password=getpass.getpass("vault password: ") if ask_vault else None,
-        **rest,
-    )
+app.add_typer(host_verbs.app, name="host")
+app.command()(init.init)
 
 
 @app.command()
@@ -124,8 +108,13 @@ def deploy(
         verbosity=verbose,
         rest=tuple(context.args),
     )
-    with output.Progress(quiet=as_json) as show:
-        done = operations.deploy(workspace.inventory(inventory), options, on_event=show)
+    try:
+        with output.Progress(quiet=as_json) as show:
+            done = operations.deploy(workspace.inventory(inventory), options, on_event=show)
+    except RunFailed as error:
+        if as_json:
+            output.data(error.as_dict())
+        raise
     hosts = {host: asdict(count) for host, count in done.result.hosts.items()}
     if as_json:
         output.data(
@@ -149,40 +138,7 @@ def deploy(
         output.out.print(f"it answered: {done.answer!r}", markup=False)
 
 
-@app.command()
-def plan(
-    inventory: Inventory = None,
-    as_json: Json = False,
-    limit: Limit = None,
-    tags: Tags = None,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
-) -> None:
-    """What `deploy` would change, per host and role. Touches nothing."""
-    options = _options(
-        extra_vars=extra_vars,
-        ask_become=ask_become,
-        ask_vault=ask_vault,
-        vault_id=vault_id,
-        limit=limit,
-        tags=tags,
-    )
-    with output.Progress(quiet=True) as show:
-        steps = operations.plan(workspace.inventory(inventory), options, on_event=show)
-    if as_json:
-        output.data([asdict(step) for step in steps])
-        return
-    if not steps:
-        output.out.print("nothing would change")
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("host", "role", "would change"):
-        table.add_column(name)
-    for step in steps:
-        table.add_row(step.host, step.role, escape(step.task))
-    output.out.print(table)
+app.command()(plan.plan)
 
 
 @app.command()
@@ -208,7 +164,7 @@ def status(
         resources = node.get("resources", {})
         nodes.add_row(
             host["host"],
-            host["state"],
+            ", ".join(filter(None, (host["state"], host["held"]))),
             "alive" if node.get("alive") else "-",
             node.get("node_ip", "-"),
             f"{resources.get('GPU', 0):g}",
@@ -248,15 +204,17 @@ def remove(
     context: typer.Context,
     inventory: Inventory = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    with_data: Annotated[bool, typer.Option("--data", help="The weights that the kit made, too.")] = False,
     limit: Limit = None,
     extra_vars: ExtraVars = None,
     ask_become: AskBecome = False,
     ask_vault: AskVault = False,
     vault_id: VaultId = None,
 ) -> None:
-    """Take away what the kit made, stray Ray processes included. Packages stay."""
+    """Take away what the kit made, stray Ray processes included. Packages stay, and without --data the weights."""
     where = workspace.inventory(inventory)
-    if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take the cluster of {where} away?", err=True)):
+    what = f"{limit or 'the cluster'} of {where}{', weights included,' if with_data else ''}"
+    if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take {what} away?", err=True)):
         raise UsageError("nothing was removed", hint="say --yes to remove without being asked")
     options = _options(
         extra_vars=extra_vars,
@@ -267,7 +225,9 @@ def remove(
         rest=tuple(context.args),
     )
     with output.Progress() as show:
-        result = operations.remove(where, options, on_event=show)
+        result = operations.remove(where, options, data=with_data, on_event=show)
+    for host, line in operations.stays(result):
+        output.err.print(f"{host}: {escape(line)}")
     output.summary(result)
 
 

@@ -88,8 +88,10 @@ def failure(error: ClusterkitError) -> None:
             err.print(f"[red]{escape(str(finding.place))}[/]{escape(hosts)} [bold]{escape(finding.subject)}[/]")
             err.print(f"    {escape(finding.problem)}")
             err.print(f"    [green]fix:[/] {escape(finding.fix)}")
-        err.print(f"[red]error:[/] {escape(error.message)}; nothing was touched")
+        err.print(f"[red]error:[/] {escape(error.message)}; no host was touched")
         return
+    if isinstance(error, RunFailed) and error.hosts:
+        err.print(_outcomes(error))
     if isinstance(error, RunFailed) and error.host:
         err.print(f"[red]failed:[/] host {error.host}, role {error.role or '-'}, task {escape(error.task)}")
     err.print(f"[red]error:[/] {escape(error.message)}")
@@ -97,6 +99,21 @@ def failure(error: ClusterkitError) -> None:
         err.print(f"\n[green]hint:[/] {escape(error.hint)}")
     if isinstance(error, RunFailed):
         err.print(f"[dim]log: {error.log}[/]")
+
+
+def _outcomes(error: RunFailed) -> Table:
+    """One line per host: how far it came, and why no further."""
+    table = Table("host", "outcome", "changed", "where", "why", box=None, pad_edge=False)
+    last = {failure.host: failure for failure in error.failures}
+    for host, count in error.hosts.items():
+        where = last.get(host)
+        outcome = f"[red]{where.kind}[/]" if where else "[green]done[/]"
+        task = f"{where.role}: {where.task}" if where and where.role else where.task if where else ""
+        lines = where.message.strip().splitlines() if where else []
+        table.add_row(
+            host, outcome, str(count.get("changed", 0)), escape(task), escape(lines[0][:100] if lines else "")
+        )
+    return table
 
 
 def unexpected(error: Exception) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-from clusterkit import images, wheels
+from clusterkit import images, transfer, wheels
 from clusterkit.errors import ClusterkitError
 
 STORE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clusterkit"
@@ -59,14 +59,11 @@ class ActionModule(ActionBase):
         if args.get("registry"):
             name = images.push(tag, args["registry"], archive)
             return self._module({**base, "tag": name, "pull": True}, task_vars)
-        folder = self._make_tmp_path()
         try:
-            remote = self._connection._shell.join_path(folder, archive.name)
-            self._transfer_file(str(archive), remote)
-            self._fixup_perms2((folder, remote))
+            (remote,) = transfer.bring(self, archive)
             return self._module({**base, "tag": tag, "archive": remote}, task_vars)
         finally:
-            self._remove_tmp_path(folder)
+            transfer.clear(self)
 
     def _module(self, options: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
         done: dict[str, Any] = self._execute_module(

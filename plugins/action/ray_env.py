@@ -9,7 +9,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-from clusterkit import wheels
+from clusterkit import transfer, wheels
 from clusterkit.errors import ClusterkitError
 
 STORE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clusterkit"
@@ -70,22 +70,19 @@ class ActionModule(ActionBase):
         behind = behind or (shim is not None and info["vllm"] != wish.provides_vllm)
         if self._task.check_mode or not behind:
             return self._module(options, task_vars)
-        folder = self._make_tmp_path()
+        files = [shim] if shim is not None else []
+        if args["source"] == "wheelhouse":
+            files.append(wheels.wheelhouse(wish, target, pins, store=STORE))
         try:
+            remote = dict(zip(files, transfer.bring(self, *files), strict=True)) if files else {}
             if shim is not None:
-                options["extra_wheels"] = [self._bring(shim, folder)]
+                options["extra_wheels"] = [remote[shim]]
             if args["source"] == "wheelhouse":
-                archive = wheels.wheelhouse(wish, target, pins, store=STORE)
-                options["wheelhouse"] = self._bring(archive, folder)
+                options["wheelhouse"] = remote[files[-1]]
             return self._module(options, task_vars)
         finally:
-            self._remove_tmp_path(folder)
-
-    def _bring(self, file: Path, folder: str) -> str:
-        remote = self._connection._shell.join_path(folder, file.name)
-        self._transfer_file(str(file), remote)
-        self._fixup_perms2((folder, remote))
-        return str(remote)
+            if files:
+                transfer.clear(self)
 
     def _module(self, options: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
         done: dict[str, Any] = self._execute_module(module_name="ray_env", module_args=options, task_vars=task_vars)

@@ -26,6 +26,11 @@ options:
     description: The address of every host that has to be in the cluster, by name.
     type: dict
     default: {}
+  excused:
+    description: >-
+      Hosts whose absence is no failure, by name, with the words that say why; an empty text excuses nothing.
+    type: dict
+    default: {}
   head_ip:
     description: The head's address, for the base URLs.
     type: str
@@ -283,6 +288,8 @@ def until(deadline, attempt):
 
 
 def check_nodes(checks, given, token):
+    excused = {host: why for host, why in given["excused"].items() if why}
+
     def missing():
         alive = {node["node_ip"] for node in read_nodes(given["url"], token, given["nodes"]) if node["alive"]}
         return [host for host, address in sorted(given["nodes"].items()) if address not in alive]
@@ -292,11 +299,12 @@ def check_nodes(checks, given, token):
 
         def attempt():
             gone[:] = missing()
-            return not gone
+            return all(host in excused for host in gone)
 
         if not until(time.time() + given["settle_s"], attempt):
-            raise Unreachable("not in the cluster: %s" % ", ".join(gone))
-        return "%d of %d" % (len(given["nodes"]), len(given["nodes"]))
+            raise Unreachable("not in the cluster: %s" % ", ".join(host for host in gone if host not in excused))
+        count = "%d of %d" % (len(given["nodes"]) - len(gone), len(given["nodes"]))
+        return "; ".join([count] + ["%s %s" % (host, excused[host]) for host in gone])
 
     checks.run("nodes", there)
 
@@ -390,6 +398,7 @@ def main():
             "token_file": {"type": "path", "required": True, "no_log": False},
             "serve_port": {"type": "int", "required": True},
             "nodes": {"type": "dict", "default": {}},
+            "excused": {"type": "dict", "default": {}},
             "head_ip": {"type": "str", "default": "127.0.0.1"},
             "apps": {"type": "list", "elements": "dict", "default": []},
             "probe": {"type": "str", "choices": ["none", "proxies", "replicas"], "default": "proxies"},

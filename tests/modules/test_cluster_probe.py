@@ -246,6 +246,16 @@ def test_a_node_that_is_missing(look: Callable[..., Json], ray: FakeRay) -> None
     assert look()["bad"] == {"nodes": "not in the cluster: w2"}
 
 
+def test_a_host_that_is_off_by_policy_may_be_missing_and_nobody_else(look: Callable[..., Json], ray: FakeRay) -> None:
+    held = {"w1": "", "w2": "in maintenance: new fan (by kim)"}
+    assert look(excused=held, probe="proxies")["by_name"]["nodes"]["detail"] == "3 of 3"
+    ray.nodes[2]["state"] = "DEAD"
+    seen = look(excused=held, probe="proxies")["by_name"]["nodes"]
+    assert (seen["ok"], seen["detail"]) == (True, "2 of 3; w2 in maintenance: new fan (by kim)")
+    ray.nodes[1]["state"] = "DEAD"
+    assert look(excused=held, probe="proxies")["bad"]["nodes"] == "not in the cluster: w1"
+
+
 def test_a_node_that_died(look: Callable[..., Json], ray: FakeRay) -> None:
     ray.nodes[1]["state"] = "DEAD"
     seen = look()

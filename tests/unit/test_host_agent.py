@@ -7,10 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from clusterkit import operations
+from clusterkit.runner import Event, Options
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = ROOT / "roles/host_agent/files/host-agent"
@@ -31,7 +36,10 @@ if word == "start":
         sys.exit(1)
     text = open(folder + "/instance.env").read()
     open(node, "w").write(text.split("=")[1].strip())
-changed = word in ("start", "stop", "drain")
+if word == "drain" and os.path.exists(folder + "/stuck"):
+    print(json.dumps({"failed": True, "reason": "work is still on the node after 120 s", "log": []}))
+    sys.exit(1)
+changed = word == "start" or (word == "drain" and os.path.exists(node))
 if word == "stop":
     changed = os.path.exists(node)
     if changed:
@@ -104,6 +112,11 @@ class Host:
         self.record.write_text(json.dumps(values))
 
 
+MISSING = object()
+SYSTEM_PYTHON = "/usr/bin/python3"
+NOBODY = 65534
+
+
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
     return Host(tmp_path)
@@ -143,7 +156,8 @@ def test_with_systemd_the_unit_is_started_and_strays_are_swept(tmp_path: Path) -
     host.call("start")
     host.call("stop")
     lines = (tmp_path / "systemctl").read_text().splitlines()
-    assert "--no-ask-password start clusterkit-ray.service" in lines
+    start = lines.index("--no-ask-password start clusterkit-ray.service")
+    assert "--no-ask-password daemon-reload" in lines[:start], "a unit file may be newer than what systemd knows"
     assert "--no-ask-password stop clusterkit-ray.service" in lines
     assert "stop" in (tmp_path / "calls").read_text().splitlines(), "systemd knows only its own"
 
@@ -179,6 +193,90 @@ def test_a_host_that_is_out_of_service_refuses(host: Host, key: str, value: Any,
     assert (record["tags"], record["later"]) == ({"rack": "b2"}, "kept"), "what others will add is not lost"
 
 
+def test_a_hold_keeps_the_node_off_until_it_is_released(host: Host) -> None:
+    host.write_record(tags={"rack": "b2"}, later="kept")
+    reason = 'new fan; "quoted" $(reboot) {{ x }} \N{SNOWMAN}'
+    code, answer = host.call("hold", "--owner", "kim@ctl", "--reason", reason)
+    assert (code, answer["changed"]) == (0, True)
+    entry = answer["maintenance"]
+    assert (entry["owner"], entry["reason"]) == ("kim@ctl", reason)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry["since"])
+    assert answer["held"] == f"in maintenance: {reason} (by kim@ctl, since {entry['since']})"
+    assert host.read_record()["maintenance"] == entry
+    assert host.read_record()["later"] == "kept"
+
+    assert host.call("hold", "--reason", reason, "--owner", "kim@ctl")[1]["changed"] is False
+    code, answer = host.call("start")
+    assert (code, answer["refused"]) == (3, "maintenance")
+    assert reason in answer["reason"]
+    assert host.call("status")[1]["held"] == f"in maintenance: {reason} (by kim@ctl, since {entry['since']})"
+
+    code, answer = host.call("release")
+    assert (code, answer["changed"], answer["maintenance"], answer["held"]) == (0, True, None, None)
+    assert host.call("release")[1]["changed"] is False
+    assert host.call("start")[0] == 0
+    assert host.call("status")[1]["held"] is None
+
+
+def test_the_owner_may_change_the_reason_and_nobody_else(host: Host) -> None:
+    host.call("hold", "--owner", "kim", "--reason", "new fan")
+    since = host.read_record()["maintenance"]["since"]
+    code, answer = host.call("hold", "--owner", "lee", "--reason", "new disk")
+    assert (code, answer["refused"], answer["changed"]) == (3, "maintenance", False)
+    assert "new fan (by kim" in answer["reason"]
+    assert host.call("hold", "--owner", "kim", "--reason", "new fan and disk")[1]["changed"] is True
+    assert host.read_record()["maintenance"] == {"owner": "kim", "reason": "new fan and disk", "since": since}
+
+
+def test_a_release_ends_no_quarantine(host: Host) -> None:
+    host.write_record(quarantine={"reason": "ECC errors"}, maintenance={"owner": "kim", "reason": "new fan"})
+    assert host.call("status")[1]["held"] == "in quarantine: ECC errors; in maintenance: new fan (by kim)"
+    assert host.call("release")[1]["held"] == "in quarantine: ECC errors"
+    assert host.call("start")[1]["refused"] == "quarantine"
+
+
+def test_a_host_whose_launcher_is_broken_can_be_held(host: Host) -> None:
+    (host.folder / "launcher").write_text("raise SystemExit(1)")
+    assert host.call("status")[0] == 1
+    assert host.call("hold", "--owner", "kim", "--reason", "new disk")[0] == 0
+    assert host.read_record()["maintenance"]["reason"] == "new disk"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """pytest's own folders are closed to everybody else."""
+    with tempfile.TemporaryDirectory(prefix="host-agent-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(not os.access(SYSTEM_PYTHON, os.X_OK), reason="needs an interpreter that everybody may run")
+@pytest.mark.parametrize(
+    ("wanted", "owner", "runs_as"),
+    [(None, NOBODY, NOBODY), (None, 0, 0), ("root", NOBODY, 0), ("nobody", 0, NOBODY), (MISSING, NOBODY, NOBODY)],
+)
+def test_who_calls_the_launcher(open_folder: Path, wanted: Any, owner: int, runs_as: int) -> None:
+    host = Host(open_folder)
+    (open_folder / "launcher").write_text('import json, os\nprint(json.dumps({"state": "-", "reason": os.getuid()}))\n')
+    config = {**json.loads(host.config.read_text()), "python": SYSTEM_PYTHON}
+    if wanted is not MISSING:
+        config["launcher_user"] = wanted
+    host.config.write_text(json.dumps(config))
+    os.chown(open_folder, owner, 0)
+    code, answer = host.call("status")
+    assert (code, answer["reason"]) == (0, runs_as)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize(("wanted", "says"), [("no-such-user", "no-such-user"), (["root"], "name or null")])
+def test_a_user_that_is_none_is_refused(host: Host, wanted: Any, says: str) -> None:
+    host.config.write_text(json.dumps({**json.loads(host.config.read_text()), "launcher_user": wanted}))
+    code, answer = host.call("status")
+    assert code == 2
+    assert says in answer["reason"]
+
+
 def test_a_host_that_was_never_converged_refuses(host: Host) -> None:
     (host.folder / "generation").unlink()
     code, answer = host.call("start")
@@ -200,6 +298,17 @@ def test_a_host_that_was_never_converged_refuses(host: Host) -> None:
         ["start", "a", "b"],
         ["stop", "a"],
         ["status", "; reboot"],
+        ["hold"],
+        ["hold", "--owner", "kim"],
+        ["hold", "--owner", "kim", "--owner", "lee"],
+        ["hold", "--owner", "kim", "--reason", "x", "--force"],
+        ["hold", "--owner", "kim", "--reason", ""],
+        ["hold", "--owner", "kim", "--reason", "   "],
+        ["hold", "--owner", "kim", "--reason", "a\nb"],
+        ["hold", "--owner", "kim", "--reason", "\x1b[31mred"],
+        ["hold", "--owner", "kim", "--reason", "x" * 201],
+        ["hold", "--owner", "k" * 201, "--reason", "x"],
+        ["release", "now"],
     ],
 )
 def test_anything_else_is_refused(host: Host, words: list[str]) -> None:
@@ -236,3 +345,185 @@ def test_the_record_is_never_half_written(host: Host, tmp_path: Path) -> None:
     assert elsewhere.read_text() == "{}", "a link is replaced, not followed"
     assert not host.record.is_symlink()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# ------------------------------------------------------------------ the playbooks that call it
+
+
+DRAIN = ROOT / "playbooks/drain.yml"
+
+
+class Cluster:
+    """A head and two workers that are this machine, with the pretended launcher below their agent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.inventory = folder / "inventory"
+        self.paths = {name: folder / name for name in ("root", "config", "state", "log", "models")}
+        for path in (self.inventory, *self.paths.values(), self.paths["root"] / "bin"):
+            path.mkdir(parents=True, exist_ok=True)
+        self.host = Host(self.paths["state"])
+        self.agent = self.paths["root"] / "bin/host-agent"
+        self.agent.symlink_to(AGENT)
+        (self.paths["config"] / "host-agent.json").symlink_to(self.host.config)
+        local = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
+        facts = {
+            "clusterkit_name": "pretended",
+            "clusterkit_stack": "cpu",
+            "clusterkit_accelerator": "cpu",
+            "clusterkit_paths": {**{name: str(path) for name, path in self.paths.items()}, "ray_temp": "/tmp/none"},
+        }
+        workers = {"w1": {"clusterkit_node_ip": "127.0.0.2"}, "w2": {"clusterkit_node_ip": "127.0.0.3"}}
+        groups = {
+            "ray_head": {"hosts": {"h1": {"clusterkit_node_ip": "127.0.0.1"}}},
+            "ray_workers": {"children": {"cpus": {"hosts": workers}}},
+        }
+        tree = {"all": {"vars": {**local, **facts}, "children": groups}}
+        (self.inventory / "hosts.yml").write_text(json.dumps(tree))
+        self.env = {**os.environ, "XDG_STATE_HOME": str(folder / "runs"), "ANSIBLE_NOCOLOR": "1"}
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    def clusterkit(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "clusterkit", *words, "-i", str(self.inventory))
+
+    def playbook(self, path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        program = str(Path(sys.executable).with_name("ansible-playbook"))
+        return self.run(program, str(path), "-i", str(self.inventory), *words)
+
+    def drain(self, reason: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.clusterkit("host", "drain", "w1", "--reason", reason, "--json", *words)
+
+    @property
+    def calls(self) -> list[str]:
+        file = self.host.folder / "calls"
+        words = file.read_text().split() if file.exists() else []
+        return [word for word in words if word != "status"]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_a_drained_host_is_empty_off_and_held_and_nobody_else_is_touched(cluster: Cluster) -> None:
+    cluster.host.call("start")
+    reason = 'new {{ fan }}: "loud"'
+    done = cluster.drain(reason)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["changed"], set(answer["hosts"])) == (True, {"w1"})
+    assert answer["maintenance"]["reason"] == reason
+    assert re.fullmatch(r"\S+@\S+", answer["maintenance"]["owner"])
+    assert cluster.host.read_record()["maintenance"] == answer["maintenance"]
+    assert cluster.calls == ["start", "drain", "stop"]
+    again = cluster.playbook(DRAIN, "--limit", "w1", "-e", json.dumps({"drain_reason": "the same"}))
+    assert "changed=1" in again.stdout, "its owner may give another reason"
+    again = cluster.playbook(DRAIN, "--limit", "w1", "-e", json.dumps({"drain_reason": "the same"}))
+    assert "changed=0" in again.stdout
+    assert cluster.host.read_record()["maintenance"]["since"] == answer["maintenance"]["since"]
+
+    seen = json.loads(cluster.clusterkit("status", "--json").stdout)["hosts"]
+    assert {host["state"] for host in seen} == {"stopped"}
+    assert all(host["held"].startswith("in maintenance: the same (by ") for host in seen)
+
+
+def test_a_host_that_somebody_holds_already_stays_his(cluster: Cluster) -> None:
+    cluster.host.call("hold", "--owner", "kim", "--reason", "new disk")
+    done = cluster.drain("new fan")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["maintenance"]["owner"] == "kim"
+    assert cluster.host.read_record()["maintenance"]["reason"] == "new disk"
+
+
+def test_work_that_cannot_move_keeps_the_host_in_service_unless_forced(cluster: Cluster) -> None:
+    cluster.host.call("start")
+    (cluster.host.folder / "stuck").touch()
+    done = cluster.drain("new fan")
+    assert done.returncode == 1
+    assert "w1 was not drained, and is not held: work is still on the node after 120 s" in done.stderr
+    assert "--force" in done.stderr
+    assert [failure["host"] for failure in json.loads(done.stdout)["failures"]] == ["w1"]
+    assert cluster.host.read_record()["maintenance"] is None
+    assert "stop" not in cluster.calls
+    forced = cluster.drain("new fan", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert cluster.host.read_record()["maintenance"]["reason"] == "new fan"
+    assert cluster.calls[-1] == "stop"
+
+
+def test_a_host_without_an_agent_is_told(cluster: Cluster) -> None:
+    cluster.agent.unlink()
+    done = cluster.drain("new fan")
+    assert done.returncode == 1
+    assert "w1 was not drained" in done.stderr
+    assert str(cluster.agent) in done.stderr
+
+
+def test_a_release_needs_a_name_and_changes_nothing_twice(cluster: Cluster) -> None:
+    cluster.host.call("hold", "--owner", "kim", "--reason", "new disk")
+    release = ROOT / "playbooks/release.yml"
+    refused = cluster.playbook(release)
+    assert refused.returncode == 2
+    assert "name one with --limit" in refused.stdout
+    assert cluster.host.read_record()["maintenance"] is not None
+    assert "changed=1" in cluster.playbook(release, "--limit", "w1").stdout
+    assert cluster.host.read_record()["maintenance"] is None
+    assert "changed=0" in cluster.playbook(release, "--limit", "w1").stdout
+    cluster.agent.unlink()
+    assert cluster.playbook(release, "--limit", "w1").returncode == 0, "a host that was never converged"
+
+
+@pytest.mark.parametrize("words", [(), ("--limit", "w1")])
+def test_a_drain_needs_a_host_and_a_reason(cluster: Cluster, words: tuple[str, ...]) -> None:
+    done = cluster.playbook(DRAIN, *words, *(("-e", "drain_reason=fan") if not words else ()))
+    assert done.returncode == 2
+    assert "a host and a reason have to be named" in done.stdout
+    assert cluster.calls == []
+
+
+@pytest.mark.parametrize("key", ["maintenance", "quarantine"])
+def test_a_deploy_reports_a_held_host_and_leaves_it(cluster: Cluster, tmp_path: Path, key: str) -> None:
+    play = tmp_path / "play.yml"
+    play.write_text(
+        f"""\
+- import_playbook: {ROOT}/playbooks/validate.yml
+- hosts: w1
+  gather_facts: false
+  tasks:
+    - ansible.builtin.include_role:
+        name: ray_node
+        tasks_from: run
+"""
+    )
+    cluster.host.write_record(**{key: {"owner": "kim", "reason": "new disk", "since": "today"}})
+    held = cluster.playbook(play)
+    assert held.returncode == 0, held.stdout
+    assert f"w1 is in {key}: new disk (by kim, since today)" in held.stdout
+    assert "changed=0" in held.stdout
+    assert cluster.calls == []
+    cluster.host.write_record()
+    free = cluster.playbook(play)
+    assert "changed=1" in free.stdout
+    assert cluster.calls == ["start"]
+
+
+def test_verify_excuses_a_held_host(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", cluster.env["XDG_STATE_HOME"])
+    cluster.host.write_record(maintenance={"owner": "kim", "reason": "new disk"})
+    asked: list[dict[str, Any]] = []
+
+    def note(event: Event) -> None:
+        if event.task == operations.PROBE_TASK and event.result:
+            asked.append(event.result["invocation"]["module_args"])
+
+    operations.verify(str(cluster.inventory), on_event=note)
+    operations.verify(str(cluster.inventory), Options(limit="h1"), on_event=note)
+    cluster.host.write_record()
+    operations.verify(str(cluster.inventory), on_event=note)
+    held, alone, free = (call["excused"] for call in asked)
+    assert held == dict.fromkeys(("w1", "w2"), "in maintenance: new disk (by kim)")
+    assert alone == dict.fromkeys(("w1", "w2"), "not asked: --limit leaves it out")
+    assert set(free.values()) == {""}

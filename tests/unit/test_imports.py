@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"clusterkit"}),
     frozenset({"clusterkit.errors"}),
-    frozenset({"clusterkit.workspace"}),
+    frozenset({"clusterkit.workspace", "clusterkit.debian", "clusterkit.transfer"}),
     frozenset({"clusterkit.spec"}),
     frozenset({"clusterkit.render", "clusterkit.wheels", "clusterkit.stacks", "clusterkit.image_plan"}),
-    frozenset({"clusterkit.runner", "clusterkit.lab", "clusterkit.verify", "clusterkit.report"}),
+    frozenset({"clusterkit.inventory_file", "clusterkit.images"}),
+    frozenset({"clusterkit.runner", "clusterkit.lab", "clusterkit.scaffold", "clusterkit.verify", "clusterkit.report"}),
+    frozenset({"clusterkit.plan"}),
     frozenset({"clusterkit.operations"}),
     frozenset({"clusterkit.cli"}),
     frozenset({"clusterkit.__main__"}),
@@ -34,7 +36,7 @@ OWNERS = {
 }
 # The spec and what is rendered from it are pure; reading the inventory's files is one module's.
 IMPURE = {"os", "pathlib", "shutil", "socket", "subprocess", "tempfile", "urllib", "http", "time", "httpx"}
-PURE = ("clusterkit.spec", "clusterkit.render")
+PURE = ("clusterkit.spec", "clusterkit.render", "clusterkit.plan")
 READERS = ("clusterkit.spec.files",)
 # The templates of apps know the model's parameters and Serve, and nothing of how a cluster is made.
 TEMPLATES = "serve_apps"

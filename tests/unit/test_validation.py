@@ -540,7 +540,7 @@ def test_neither_limit_nor_tags_hide_a_mistake(run: Run, ask: Ask) -> None:
 def test_deploy_refuses_in_words(run: Run) -> None:
     said = run(*CLI, "deploy", "-i", f"{BROKEN}/two_heads", "--limit", "w1")
     assert (said.code, said.out) == (2, "")
-    for words in (f"{BROKEN}/two_heads/hosts.yml:3", "h1, h2", "leave one host in the group", "nothing was touched"):
+    for words in (f"{BROKEN}/two_heads/hosts.yml:3", "h1, h2", "leave one host in the group", "no host was touched"):
         assert words in said.err
 
 

@@ -1,0 +1,128 @@
+"""`clusterkit host`: one host in, one host out, and no other host touched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from clusterkit import inventory_file, operations, workspace
+from clusterkit.cli import output
+from clusterkit.cli.options import AskBecome, AskVault, ExtraVars, Inventory, Json, VaultId, options
+from clusterkit.errors import RunFailed, UsageError
+from clusterkit.operations import HostChange
+from clusterkit.runner import Event, Result
+
+app = typer.Typer(no_args_is_help=True, help="Change a running cluster by one host; no other host is touched.")
+
+Host = Annotated[str, typer.Argument(metavar="NAME", help="The host, by its name in the inventory.")]
+
+
+@app.command()
+def add(
+    host: Host,
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="A child group of ray_workers; needed when there are several.")
+    ] = None,
+    address: Annotated[str | None, typer.Option("--address", help="Its IP address (ansible_host).")] = None,
+    var: Annotated[
+        list[str] | None, typer.Option("--var", metavar="NAME=VALUE", help="A variable of the host; no secrets.")
+    ] = None,
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """Put a host into the inventory and converge it; end its maintenance, if it is there already.
+
+    The inventory is validated with the host in it before its file is changed.
+    """
+    where = workspace.inventory(inventory)
+    variables = dict(inventory_file.variable(text) for text in var or ())
+    if address is not None:
+        variables = {"ansible_host": inventory_file.address(address), **variables}
+    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
+    with _running(as_json) as show:
+        change = operations.add_host(where, host, pool=pool, variables=variables, options=chosen, on_event=show)
+    _tell(change, as_json, f"{host} is in the cluster" + ("" if change.changed else ", as it was"))
+
+
+@app.command()
+def drain(
+    host: Host,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for whoever looks next; at most 200 characters.")],
+    force: Annotated[bool, typer.Option("--force", help="Cut off work that cannot move.")] = False,
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """Take a worker out of service: its replicas move away, its node stops and stays off.
+
+    Nothing starts it again, no deploy and no autoscaler, until `host add NAME` ends the maintenance.
+    """
+    where = workspace.inventory(inventory)
+    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
+    with _running(as_json) as show:
+        change = operations.drain_host(where, host, reason=reason, force=force, options=chosen, on_event=show)
+    _tell(change, as_json, f"{host} is off, {change.held}. To put it back: clusterkit host add {host}")
+
+
+@app.command()
+def remove(
+    host: Host,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Out of the inventory, even if the host cannot be reached or drained.")
+    ] = False,
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """Take a worker out for good: drained, cleaned, and gone from the inventory."""
+    where = workspace.inventory(inventory)
+    if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take {host} out of {where}?", err=True)):
+        raise UsageError("nothing was removed", hint="say --yes to remove without being asked")
+    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
+    with _running(as_json) as show:
+        change = operations.remove_host(where, host, force=force, options=chosen, on_event=show)
+    _tell(change, as_json, f"{host} is out" if change.changed else f"{host} is not in {where}: nothing to do")
+    for line in change.left:
+        output.err.print(f"[yellow]left on {escape(host)}:[/] {escape(line)}")
+
+
+@contextmanager
+def _running(as_json: bool) -> Iterator[Callable[[Event], None]]:
+    """Progress; with --json the data of a run that failed, too."""
+    try:
+        with output.Progress(quiet=as_json) as show:
+            yield show
+    except RunFailed as error:
+        if as_json:
+            output.data(error.as_dict())
+        raise
+
+
+def _tell(change: HostChange, as_json: bool, words: str) -> None:
+    if as_json:
+        log = str(change.log) if change.log else None
+        output.data({**asdict(change), "log": log})
+        return
+    if change.diff:
+        output.err.print(escape(change.diff))
+    if change.hosts:
+        output.summary(Result(folder=Path(), hosts=change.hosts))
+    output.err.print(f"[green]done:[/] {escape(words)}")
