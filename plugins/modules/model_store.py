@@ -52,6 +52,11 @@ made:
   description: Ids of the models that were made.
   returned: always
   type: list
+changes:
+  description: What differs, each with C(what), C(name), C(wanted) and C(actual), which names the files.
+  returned: always
+  type: list
+  elements: dict
 """
 
 import json
@@ -126,9 +131,34 @@ def run(command, user=""):
     return done.returncode, done.stdout, done.stderr
 
 
-def whole(maker, path):
-    """Does every file match the manifest? Needs no engine."""
-    return run([sys.executable, maker, "--out", path, "--check"])[0] == 0
+def differences(maker, path, check=False):
+    """What is wrong with a made model, as lines; none where every file matches the manifest. Needs no engine."""
+    if not os.path.isdir(path):
+        return ["missing"]
+    if check and not os.path.exists(maker):
+        # It is only now to be installed; what it would say of the files is not known.
+        return [] if os.path.exists(os.path.join(path, "manifest.json")) else ["no manifest"]
+    code, out, err = run([sys.executable, "-B", maker, "--out", path, "--check"])
+    if code == 0:
+        return []
+    try:
+        return json.loads(out.strip().splitlines()[-1])["differences"]
+    except (ValueError, LookupError, TypeError):
+        return [(err or out).strip()[-500:] or "exit code %d" % code]
+
+
+def user_on_host(module):
+    """Ray's user; on a bare host, in check mode, there is none yet."""
+    name = module.params["user"]
+    try:
+        pwd.getpwnam(name or "root")
+    except KeyError:
+        return "" if module.check_mode else name
+    return name
+
+
+def change(model, wanted, actual):
+    return {"what": "model", "name": model["id"], "wanted": wanted, "actual": actual}
 
 
 def make(module, model):
@@ -151,24 +181,28 @@ def main():
         },
         supports_check_mode=True,
     )
-    made, problems = [], []
+    made, problems, changes = [], [], []
     for model in module.params["models"]:
         if module.params["state"] == "absent":
             if model["make"] and os.path.isdir(model["path"]):
                 made.append(model["id"])
+                changes.append(change(model, "gone", "there"))
                 if not module.check_mode:
                     shutil.rmtree(model["path"])
         elif model["folder"]:
-            problem = problems_for(module.params["user"], model["path"])
+            problem = problems_for(user_on_host(module), model["path"])
             if problem:
                 problems.append("model %s: %s" % (model["id"], problem))
-        elif not (os.path.exists(module.params["maker"]) and whole(module.params["maker"], model["path"])):
-            made.append(model["id"])
-            if not module.check_mode:
-                make(module, model)
+        else:
+            wrong = differences(module.params["maker"], model["path"], module.check_mode)
+            if wrong:
+                made.append(model["id"])
+                changes.append(change(model, "%s in %s" % (model["make"], model["path"]), "; ".join(wrong)))
+                if not module.check_mode:
+                    make(module, model)
     if problems:
         module.fail_json(msg="\n".join(problems))
-    module.exit_json(changed=bool(made), made=made)
+    module.exit_json(changed=bool(made), made=made, changes=changes)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,13 @@ missing:
   description: What was missing or had another version, before.
   returned: always
   type: list
+changes:
+  description: >-
+    What differs, each with C(what), C(name), C(wanted) and C(actual); C(disrupts) where a node that runs from the
+    environment has to be started anew.
+  returned: state is present
+  type: list
+  elements: dict
 digest:
   description: SHA-256 over the pins.
   returned: state is present
@@ -141,6 +148,30 @@ def plan(have, want):
     return missing, extra
 
 
+def described(path, have, missing, extra, lock_differs, fresh=""):
+    """The same in words, for a plan: [{what, name, wanted, actual}].
+
+    fresh: why all of it is made anew, as what is there now; lock_differs: an environment that a node may run from
+    gets other pins, which makes that node stale.
+    """
+    installed = {normal(name): version for name, version in have.items()}
+    found = []
+    if fresh:
+        wanted = "%d distributions" % len(missing)
+        found.append({"what": "environment", "name": path, "wanted": wanted, "actual": fresh})
+    else:
+        for pin in missing:
+            name, version = pin.split("==")
+            actual = installed.get(normal(name), "missing")
+            found.append({"what": "distribution", "name": name, "wanted": version, "actual": actual})
+        for name in extra:
+            found.append({"what": "distribution", "name": name, "wanted": "gone", "actual": installed[name]})
+    if lock_differs:
+        change = {"what": "environment", "name": path, "wanted": "a lock with these pins", "actual": "another lock"}
+        found.append(dict(change, disrupts=["node"]))
+    return found
+
+
 def run(command, env=None):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, env=env)
     return done.returncode, done.stdout, done.stderr
@@ -151,7 +182,7 @@ def installed(path):
     python = os.path.join(path, "bin", "python")
     if not os.access(python, os.X_OK):
         return None
-    code, out, _err = run([python, "-I", "-c", READ_INSTALLED])
+    code, out, _err = run([python, "-I", "-B", "-c", READ_INSTALLED])
     return json.loads(out) if code == 0 else None
 
 
@@ -159,7 +190,7 @@ def host(module, python):
     interpreter = python if os.path.isabs(python) else shutil.which(python)
     if interpreter is None or not os.access(interpreter, os.X_OK):
         module.fail_json(msg="no interpreter %r on this host; set ray_env_python" % python)
-    code, out, err = run([interpreter, "-I", "-c", READ_HOST])
+    code, out, err = run([interpreter, "-I", "-B", "-c", READ_HOST])
     if code != 0:
         module.fail_json(msg="%s does not run: %s" % (interpreter, err.strip()[-500:]))
     return interpreter, json.loads(out)
@@ -251,7 +282,12 @@ def present(module, params, interpreter, facts):
         "pins": params["pins"],
         "digest": hashlib.sha256("\n".join(want).encode()).hexdigest(),
     }
-    changed = bool(fresh or missing or extra or read_lock(path) != lock)
+    lock_differs = read_lock(path) != lock
+    changed = bool(fresh or missing or extra or lock_differs)
+    why = ""
+    if fresh:
+        why = "missing" if not os.path.lexists(path) else "broken" if have is None else "of Python %s" % code_version
+    changes = described(path, have or {}, missing, extra, lock_differs and os.path.lexists(path), why)
     if changed and not module.check_mode:
         unpacked = None
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -273,7 +309,17 @@ def present(module, params, interpreter, facts):
         if left:
             module.fail_json(msg="after the installation these are still missing: %s" % ", ".join(left))
         write_lock(path, lock)
-    return {"changed": changed, "missing": missing, "extra": extra, "digest": lock["digest"]}
+    done = {"changed": changed, "missing": missing, "extra": extra, "digest": lock["digest"]}
+    return dict(done, changes=changes, diff=difference(changes))
+
+
+def difference(changes):
+    """Ansible's diff: a line per distribution."""
+
+    def lines(key):
+        return "".join("%s: %s\n" % (change["name"], change[key]) for change in changes)
+
+    return {"before": lines("actual"), "after": lines("wanted")}
 
 
 def main():

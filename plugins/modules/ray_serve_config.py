@@ -86,6 +86,13 @@ plan:
     failed: {description: There with this config but failed; deployed again., type: list}
     unchanged: {description: There with this config., type: list}
     foreign: {description: Started by a program; left alone., type: list}
+changes:
+  description: >-
+    What differs, each with C(what), C(name), C(wanted) and C(actual), of a changed app only the keys that changed;
+    C(disrupts) where running replicas are stopped or replaced. Values that look secret are hidden.
+  returned: always
+  type: list
+  elements: dict
 applications:
   description: The apps as they run, by name.
   returned: when the cluster answered
@@ -123,6 +130,14 @@ from ansible.module_utils.basic import AnsibleModule
 APPLICATIONS = "/api/serve/applications/"
 # Serve takes these when it starts and ignores later changes.
 FIXED = ("proxy_location", "http_options", "grpc_options")
+# What Serve changes in a deployment without replacing its replicas: docs.ray.io, serve/advanced-guides/
+# inplace-updates, and serve/_private/version.py, requires_actor_restart, of Ray 2.58 (the last two). The rest of an
+# app counts as new code: serve/_private/deploy_utils.py, get_app_code_version.
+LIGHT = frozenset(
+    "num_replicas autoscaling_config user_config max_ongoing_requests graceful_shutdown_timeout_s "
+    "graceful_shutdown_wait_loop_s health_check_period_s health_check_timeout_s max_queued_requests "
+    "logging_config".split()
+)
 TRACEBACK_LINE = re.compile(r"\s|Traceback |ray::|ray\.exceptions\.RayTaskError|RuntimeError: Traceback ")
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE")
 
@@ -348,6 +363,71 @@ def difference(have, want, todo):
     return {"before_header": "running", "after_header": "declared", "before": text(before), "after": text(after)}
 
 
+def leaves(value, path=()):
+    """(path, value) of everything in a config; in a list, things are known by their name, else by their place."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = {
+            str(item.get("name", place)): {key: inner for key, inner in item.items() if key != "name"}
+            for place, item in enumerate(value)
+        }
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, path + (str(key),))]
+    return [] if value == [] else [(path, value)]
+
+
+def changed_keys(have, want):
+    """{path: (have, want)} of two configs of an app; None stands for a key that is not there."""
+    old, new = dict(leaves(hide(have))), dict(leaves(hide(want)))
+    plain_old, plain_new = dict(leaves(have)), dict(leaves(want))
+    return {
+        path: (old.get(path), new.get(path))
+        for path in sorted(set(plain_old) | set(plain_new))
+        if plain_old.get(path) != plain_new.get(path)
+    }
+
+
+def replaces(have, want, paths):
+    """Do these changes of an app stop its replicas, for others to start?"""
+
+    def scaled(app):
+        return sorted(item.get("name", "") for item in app.get("deployments") or [] if item.get("autoscaling_config"))
+
+    light = all(
+        path[0] == "route_prefix"
+        or (len(path) > 2 and path[0] == "deployments" and path[2] in LIGHT and path[3:4] != ("policy",))
+        for path in paths
+    )
+    # Serve hashes the list of the deployments' policies, empty ones too.
+    return not light or scaled(have) != scaled(want)
+
+
+def described(have, want, todo):
+    """What there is to do, for a plan: [{what, name, wanted, actual}], with `disrupts` where replicas are stopped."""
+    running, found = have.get("applications") or {}, []
+    for name in todo["added"]:
+        wanted = hide(want["applications"].get(name, {}))
+        found.append({"what": "app", "name": name, "wanted": wanted, "actual": "missing"})
+    for name in todo["changed"]:
+        old, new = running[name].get("deployed_app_config") or {}, want["applications"][name]
+        keys = changed_keys(old, new)
+        change = {
+            "what": "app",
+            "name": name,
+            "wanted": {".".join(path): pair[1] for path, pair in keys.items()},
+            "actual": {".".join(path): pair[0] for path, pair in keys.items()},
+        }
+        found.append(dict(change, disrupts=["app"]) if replaces(old, new, keys) else change)
+    for name in todo["failed"]:
+        found.append({"what": "app", "name": name, "wanted": "RUNNING", "actual": running[name].get("status")})
+    for name in todo["removed"]:
+        actual = running[name].get("status")
+        found.append({"what": "app", "name": name, "wanted": "gone", "actual": actual, "disrupts": ["app"]})
+    if todo["capacity"]:
+        wanted, actual = want.get("target_capacity"), have.get("target_capacity")
+        found.append({"what": "app", "name": "target_capacity", "wanted": wanted, "actual": actual})
+    return found
+
+
 def summary(have):
     """The apps as they run, small enough to read."""
     apps = {}
@@ -537,6 +617,7 @@ def ensure_absent(module, client, result):
         return  # no Ray, no Serve
     result["plan"]["removed"] = sorted(have["applications"])
     result["changed"] = bool(have.get("controller_info"))
+    result["changes"] = described(have, {"applications": {}}, dict(result["plan"], capacity=False))
     if result["changed"] and not module.check_mode:
         timeout_s = module.params["wait_timeout_s"]
         client.delete(timeout_s)
@@ -558,6 +639,11 @@ def ensure_present(module, client, result):
         names = [app["name"] for app in config.get("applications", [])]
         result["plan"].update(added=sorted(set(names) - set(have["applications"])))
         result["changed"] = bool(result["plan"]["added"])
+        result["changes"] = described(
+            have,
+            {"applications": {app["name"]: app for app in config.get("applications", [])}},
+            dict(result["plan"], capacity=False),
+        )
         return
     want, have_apps = normalise(module, config, have)
     for name, data in have_apps.items():
@@ -565,6 +651,7 @@ def ensure_present(module, client, result):
     todo = plan(have, want)
     result["plan"] = {name: todo[name] for name in result["plan"]}
     result["diff"] = difference(have, want, todo)
+    result["changes"] = described(have, want, todo)
     if todo["fixed"]:
         raise ServeError(
             "Serve runs with other options and takes new ones only when it starts: %s. Shut it down first with "
@@ -596,7 +683,7 @@ def main():
         supports_check_mode=True,
     )
     lists = ("added", "changed", "removed", "failed", "unchanged", "foreign")
-    result = {"changed": False, "plan": {name: [] for name in lists}}
+    result = {"changed": False, "plan": {name: [] for name in lists}, "changes": []}
     ensure = ensure_present if module.params["state"] == "present" else ensure_absent
     try:
         token = None

@@ -22,7 +22,9 @@ import json, os, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 weights = out / "model.safetensors"
 if "--check" in sys.argv:
-    sys.exit(0 if weights.is_file() and weights.read_text() == "weights" else 1)
+    good = weights.is_file() and weights.read_text() == "weights"
+    print(json.dumps({"ok": good, "differences": ["model.safetensors has changed"]}))
+    sys.exit(0 if good else 1)
 if out.name == "bad":
     sys.exit("no room for weights")
 out.mkdir(parents=True, exist_ok=True)
@@ -94,6 +96,28 @@ def test_check_mode_makes_nothing(maker: str, tmp_path: Path) -> None:
     assert not (tmp_path / "tiny").exists()
     # Nor does it need the program, which a first run would only now install.
     assert run("/nonexistent/make-model", made(tmp_path / "tiny"), check=True)["changed"]
+
+
+def test_a_plan_names_the_files(maker: str, tmp_path: Path) -> None:
+    tiny = made(tmp_path / "tiny")
+    assert [item["actual"] for item in run(maker, tiny, check=True)["changes"]] == ["missing"]
+    run(maker, tiny)
+    assert run(maker, tiny, check=True)["changes"] == []
+    (tmp_path / "tiny/model.safetensors").write_text("other")
+    (told,) = run(maker, tiny, check=True)["changes"]
+    assert (told["what"], told["name"], told["actual"]) == ("model", "tiny", "model.safetensors has changed")
+
+
+def test_without_the_program_a_plan_does_not_call_a_whole_model_broken(maker: str, tmp_path: Path) -> None:
+    """It was taken away by hand: that is one difference, and the next run puts it back before it asks."""
+    whole = folder(tmp_path / "tiny", "manifest.json", "model.safetensors")
+    assert not run("/nonexistent/make-model", made(whole), check=True)["changed"]
+    assert run("/nonexistent/make-model", made(whole))["failed"]
+
+
+def test_a_bare_host_is_planned_without_its_user(maker: str, tmp_path: Path) -> None:
+    site = folder(tmp_path / "site", "config.json", "model.safetensors")
+    assert "failed" not in run(maker, given(site), made(tmp_path / "tiny"), user="not-yet-there", check=True)
 
 
 def test_a_model_that_cannot_be_made_says_why(maker: str, tmp_path: Path) -> None:

@@ -149,6 +149,25 @@ def test_plan(installed: dict[str, str], wanted: list[str], missing: list[str], 
     assert ray_env.plan(installed, wanted) == (missing, extra)
 
 
+@pytest.mark.parametrize(
+    ("missing", "extra", "lock_differs", "fresh", "expected"),
+    [
+        ([], [], False, "", []),
+        (["ray==2.60.0"], [], False, "", [("ray", "2.60.0", "2.59.0", None)]),
+        (["torch==2.13.0+cpu"], [], False, "", [("torch", "2.13.0+cpu", "missing", None)]),
+        ([], ["more"], False, "", [("more", "gone", "1.0", None)]),
+        (["ray==2.60.0", "torch==2"], [], False, "missing", [("/opt/env", "2 distributions", "missing", None)]),
+        ([], [], True, "", [("/opt/env", "a lock with these pins", "another lock", ["node"])]),
+    ],
+)
+def test_what_a_plan_shows(
+    missing: list[str], extra: list[str], lock_differs: bool, fresh: str, expected: list[tuple[Any, ...]]
+) -> None:
+    """Other pins make a node that runs from the environment stale; a repair to the same pins does not."""
+    told = ray_env.described("/opt/env", {"Ray": "2.59.0", "more": "1.0"}, missing, extra, lock_differs, fresh)
+    assert [(item["name"], item["wanted"], item["actual"], item.get("disrupts")) for item in told] == expected
+
+
 def test_the_pin_of_a_wheel_file() -> None:
     assert ray_env.wheel_pin("/srv/typing_extensions-4.1-py3-none-any.whl") == "typing-extensions==4.1"
     assert ray_env.wheel_pin("vllm-0.32.0+cpu-py3-none-any.whl") == "vllm==0.32.0+cpu"
@@ -196,8 +215,13 @@ def test_what_is_too_many_goes(env: Path, shop: Path) -> None:
 def test_check_mode_tells_and_leaves(env: Path, shop: Path, tmp_path: Path) -> None:
     told = present(env, shop, pins=[PINS[0], PINS[2]], check=True)
     assert (told["changed"], told["extra"]) == (True, ["lib"])
+    assert [(item["name"], item["actual"]) for item in told["changes"]] == [("lib", "2.0"), (str(env), "another lock")]
     assert have(env) == {"app": "1.0", "lib": "2.0"}
-    assert present(tmp_path / "new", shop, check=True)["changed"]
+    new = present(tmp_path / "new", shop, check=True)
+    # Nothing runs from what is not there.
+    assert [(item["actual"], item.get("disrupts")) for item in new["changes"]] == [("missing", None)]
+    assert not (tmp_path / "new").exists()
+    assert present(env, shop, check=True)["changes"] == []
     assert not (tmp_path / "new").exists()
     assert call(ray_env, path=str(env), state="absent", check=True)["changed"]
     assert env.exists()

@@ -212,6 +212,63 @@ def test_the_diff_hides_what_looks_secret() -> None:
     assert "NCCL_DEBUG" in shown
 
 
+def scale(app: Json) -> None:
+    app["deployments"] = [{"name": "LLMServer:tiny-llama", "num_replicas": 3}]
+
+
+def scale_automatically(app: Json) -> None:
+    app["deployments"] = [{"name": "LLMServer:tiny-llama", "autoscaling_config": {"max_replicas": 3}}]
+
+
+def pin_to_a_gpu(app: Json) -> None:
+    app["deployments"] = [{"name": "LLMServer:tiny-llama", "ray_actor_options": {"num_gpus": 1}}]
+
+
+def give_another_model(app: Json) -> None:
+    app["args"]["llm_configs"][0]["model_loading_config"]["model_id"] = "other"
+
+
+def move(app: Json) -> None:
+    app["route_prefix"] = "/elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("edit", "key", "replaces"),
+    [
+        (scale, "deployments.LLMServer:tiny-llama.num_replicas", False),
+        # Serve counts the list of the deployments' policies as code, and this makes it longer.
+        (scale_automatically, "deployments.LLMServer:tiny-llama.autoscaling_config.max_replicas", True),
+        (pin_to_a_gpu, "deployments.LLMServer:tiny-llama.ray_actor_options.num_gpus", True),
+        (give_another_model, "args.llm_configs.0.model_loading_config.model_id", True),
+        (move, "route_prefix", False),
+    ],
+)
+def test_a_plan_names_the_keys_and_whether_replicas_are_replaced(
+    edit: Callable[[Json], None], key: str, replaces: bool
+) -> None:
+    have = recorded("running_llm")
+    have["applications"]["tiny"]["deployed_app_config"]["deployments"] = []
+    want = wanted(have)
+    edit(want["applications"]["tiny"])
+    (told,) = serve.described(have, want, serve.plan(have, want))
+    assert (told["what"], told["name"]) == ("app", "tiny")
+    assert key in told["wanted"]
+    assert told.get("disrupts") == (["app"] if replaces else None)
+
+
+def test_a_plan_shows_apps_that_come_and_go_without_their_secrets() -> None:
+    have = recorded("running_hello")
+    want = wanted(have, applications={"new": {"name": "new", "runtime_env": {"env_vars": {"HF_TOKEN": "hf_secret"}}}})
+    added, removed = serve.described(have, want, serve.plan(have, want))
+    assert (added["name"], added["actual"], added.get("disrupts")) == ("new", "missing", None)
+    assert "hf_secret" not in json.dumps(added)
+    assert (removed["name"], removed["wanted"], removed["disrupts"]) == ("hello", "gone", ["app"])
+    changed = wanted(have)
+    changed["applications"]["hello"]["runtime_env"] = {"env_vars": {"HF_TOKEN": "hf_secret"}}
+    (told,) = serve.described(have, changed, serve.plan(have, changed))
+    assert told["wanted"]["runtime_env.env_vars.HF_TOKEN"] == "<hidden>"
+
+
 def test_unknown_keys_are_named_with_those_that_exist() -> None:
     found = dict(recorded("schema_wrong")["answer"]["unknown"])
     assert "max_ongoing_requests" in found["applications[hello].deployments[Hello].max_concurrent_queries"]
