@@ -1,12 +1,12 @@
 # make deploy   this machine: a model answers on http://127.0.0.1:8000/v1
-# make test     what CI runs       make test-slow   the rest
+# make test     what CI runs       make test-slow   the rest       make bench   tables
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.clusterkit
 TESTS  := $(VENV)/.clusterkit-tests
 
-.PHONY: venv deploy test test-slow lint clean
+.PHONY: venv deploy test test-slow lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +45,12 @@ test: $(TESTS) lint
 
 test-slow: $(TESTS)
 	$(BIN)/python -m pytest -rs -m "slow" $(PYTEST_ARGS)
+
+# Tables with ratios of one run; the lab has to be up and converged for the first.
+bench: $(TESTS)
+	$(BIN)/python -m bench.noop
+	$(BIN)/python -m bench.light_hosts
+	$(BIN)/python -m bench.cold
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .ansible

@@ -275,7 +275,8 @@ def _file(base: Change, item: Mapping[str, Any], path: str) -> Change:
     texts = isinstance(before, str) and isinstance(after, str)
     differs = _DIFFERS.fullmatch(path)
     path = differs["path"] if differs else path
-    what = "unit" if path.startswith("/etc/systemd/") else "file" if "/" in path else base.what
+    unit = path.startswith("/etc/systemd/") or path.endswith(".service")
+    what = "unit" if unit else "file" if "/" in path else base.what
     diff = unified(str(before), str(after)) if texts else ""
     if not diff:
         why = differs["keys"] if differs else "content (too large or binary to show)"

@@ -79,7 +79,9 @@ def _show_change(change: Change) -> None:
     mark = "[dim]left:[/] " if change.left else ""
     lines = change.diff.splitlines()
     new = change.actual == "missing or empty"
-    if change.what == "step":
+    if change.what == "step" and lines:
+        said = change.name
+    elif change.what == "step":
         said = str(change.wanted or change.name)
     elif new or (change.what == "app" and change.actual == "missing"):
         said = f"{change.what} {change.name}: missing"

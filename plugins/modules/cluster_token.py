@@ -53,7 +53,8 @@ def main():
     path = module.params["path"]
     made = not os.path.exists(path) or os.path.getsize(path) == 0
     if module.check_mode:
-        module.exit_json(changed=made, made=made)
+        change = {"what": "secret", "name": path, "wanted": "made once", "actual": "missing"}
+        module.exit_json(changed=made, made=made, changes=[change] if made else [])
     try:
         uid = pwd.getpwnam(module.params["owner"]).pw_uid
         if made:

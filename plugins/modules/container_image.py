@@ -156,6 +156,10 @@ def main():
             "before": "%s is %s\n" % (params["name"], result["image"] or "missing"),
             "after": "%s is %s\n" % (params["name"], (wanted["Id"] if wanted else tag)),
         }
+        change = {"what": "image", "name": params["name"], "wanted": wanted["Id"] if wanted else tag}
+        change["actual"] = result["image"] or "missing"
+        # A node runs on from the old image until it is restarted.
+        result["changes"] = [dict(change, disrupts=["node"] if result["image"] else [])]
     if changed and not module.check_mode:
         if wanted is None and params["archive"]:
             docker.must("the image could not be loaded", "load", "--quiet", "--input", params["archive"])

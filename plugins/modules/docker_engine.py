@@ -876,6 +876,37 @@ class Engine:
             found.append(shown(SERVICE, "running\n", "restarted for %s\n" % ", ".join(self.reasons)))
         return found
 
+    def described(self):
+        """The same for `clusterkit plan`: what a restart stops, and what is left without consent."""
+        stops = ["docker"] if self.busy else []
+        found = []
+        for item in self.diff():
+            name, text = item["before_header"], {"before": item["before"], "after": item["after"]}
+            if name == SERVICE:
+                told = {"what": "unit", "wanted": item["after"].strip(), "actual": item["before"].strip()}
+                told["disrupts"] = stops if self.host.active else []
+            elif name.startswith("/"):
+                told = dict(text, what="file")
+            else:
+                found += self.described_packages(stops)
+                continue
+            found.append(dict(told, name=name))
+        left = {"what": "unit", "name": SERVICE, "actual": "left for want of consent", "disrupts": stops, "left": True}
+        return found + [dict(left, wanted=said) for said in self.waiting()]
+
+    def described_packages(self, stops):
+        have, engine = self.host.installed(list(self.missing)), self.params["engine_packages"]
+        return [
+            {
+                "what": "package",
+                "name": name,
+                "wanted": version or "installed",
+                "actual": have.get(name, "missing"),
+                "disrupts": stops if name in engine else [],
+            }
+            for name, version in sorted(self.missing.items())
+        ]
+
     # Doing it
 
     def write_files(self):
@@ -974,6 +1005,7 @@ class Engine:
     def present(self):
         self.look()
         result = {"changed": self.to_do(), "diff": self.diff(), "waiting": self.waiting()}
+        result["changes"] = self.described()
         if self.check or not result["changed"]:
             return result
         self.write_files()

@@ -133,6 +133,25 @@ def shown(entry, found, text, differs):
     return {"before_header": header, "after_header": header, "before": before, "after": after}
 
 
+def described(entry, found, text, differs):
+    """The same for `clusterkit plan`: a text as it is, owner and mode by name."""
+    told = {"what": "unit" if entry["path"].startswith("/etc/systemd/") else "file", "name": entry["path"]}
+    if "content" in differs and entry["secret_content"] is not None:
+        return dict(told, wanted="a secret", actual="missing" if found is None else "another one")
+    if "content" in differs:
+        before = "" if found is None else found[0].decode(errors="replace")
+        return dict(told, before=before, after=text.decode(errors="replace"))
+    have = {"mode": "%04o" % found[1], "owner": name(pwd.getpwuid, found[2]), "group": name(grp.getgrgid, found[3])}
+    return dict(told, wanted={key: entry[key] for key in differs}, actual={key: have[key] for key in differs})
+
+
+def name(lookup, wanted):
+    try:
+        return lookup(wanted)[0]
+    except KeyError:
+        return str(wanted)
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -154,22 +173,23 @@ def main():
         },
         supports_check_mode=True,
     )
-    written, diffs = [], []
+    written, diffs, changes = [], [], []
     for entry in module.params["files"]:
         path, mode, text = entry["path"], int(entry["mode"], 8), wanted_text(entry).encode()
         uid, gid = number(pwd.getpwnam, entry["owner"]), number(grp.getgrnam, entry["group"])
         if -1 in (uid, gid) and not module.check_mode:
-            name = entry["owner"] if uid == -1 else entry["group"]
-            module.fail_json(msg="%s is to belong to %s, and this host has none of that name" % (path, name))
+            who = entry["owner"] if uid == -1 else entry["group"]
+            module.fail_json(msg="%s is to belong to %s, and this host has none of that name" % (path, who))
         found = have(path)
         differs = plan(found, text, mode, uid, gid)
         if not differs:
             continue
         written.append(path)
         diffs.append(shown(entry, found, text, differs))
+        changes.append(described(entry, found, text, differs))
         if not module.check_mode:
             write(module, path, text, mode, uid, gid)
-    module.exit_json(changed=bool(written), written=written, diff=diffs)
+    module.exit_json(changed=bool(written), written=written, changes=changes, diff=diffs)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ options:
         description: Its mode in octal, as text; left alone where it is not given.
         type: str
   paths:
-    description: What is to go. Required for I(state=absent).
+    description: What is to go, folders and files. Required for I(state=absent).
     type: list
     elements: path
   keep:

@@ -36,11 +36,11 @@ def test_a_killed_launcher_and_a_drained_worker_come_back(venv_cluster: Cluster)
 
 
 def test_remove_ends_everything(venv_cluster: Cluster) -> None:
-    done = clusterkit("remove", "-i", str(venv_cluster.inventory), "--yes")
+    done = clusterkit("remove", "-i", str(venv_cluster.inventory), "--yes", "--data")
     assert done.returncode == 0, done.stderr
     for host in ("head", "worker1"):
-        left = venv_cluster.on(host, "find /opt /etc /var/lib /var/log -path '*clusterkit*' -not -path '*/models*'")
-        assert left in {"", "/var/lib/clusterkit"}
+        left = venv_cluster.on(host, "find /opt /etc /var/lib /var/log -path '*clusterkit*'")
+        assert left == ""
         assert venv_cluster.on(host, "pgrep -c raylet || true") == "0"
 
 
