@@ -51,6 +51,7 @@ bench: $(TESTS)
 	$(BIN)/python -m bench.noop
 	$(BIN)/python -m bench.light_hosts
 	$(BIN)/python -m bench.cold
+	$(BIN)/python -m bench.ray_up
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .ansible

@@ -23,9 +23,8 @@ OF_PACKAGES = (
     "/etc/subgid",
     "/etc/subuid",
     "/etc/alternatives/",
+    "/etc/apparmor.d/",
     "/etc/rc",
-    "/etc/systemd/system/multi-user.target.wants/",
-    "/etc/systemd/system/sockets.target.wants/",
     "/home/ops/.ansible",
     "/home/ops/.cache",
     "/var/lib/apt/",
@@ -49,7 +48,13 @@ def files(lab: Cluster, host: str) -> dict[str, str]:
         digest, _, path = line.partition("  ")
         if path in found:
             found[path] += " " + digest
-    return {path: what for path, what in found.items() if path not in packaged and not path.startswith(OF_PACKAGES)}
+    return {path: what for path, what in found.items() if path not in packaged and not _of_a_package(path)}
+
+
+def _of_a_package(path: str) -> bool:
+    """Units that a package enables are its own; ours are ours to take away."""
+    enabled = path.startswith("/etc/systemd/system/") and ".wants" in path and "clusterkit" not in path
+    return enabled or path.startswith(OF_PACKAGES)
 
 
 def packages(lab: Cluster, host: str) -> set[str]:

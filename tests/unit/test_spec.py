@@ -185,6 +185,39 @@ def test_what_does_not_fit(kwargs: Vars, subject: str, problem: str) -> None:
     assert problem in findings_of(**kwargs)[subject]
 
 
+CONTAINER: Vars = {"clusterkit_runtime": "container", "clusterkit_image": "registry.example/vllm:1"}
+
+
+def test_containers_need_root_everywhere() -> None:
+    raw = inventory(CONTAINER)
+    _, findings = load(dataclasses.replace(raw, groups={**raw.groups, "managed_hosts": ("h1", "w1")}))
+    (finding,) = findings
+    assert (finding.subject, finding.hosts) == ("clusterkit_runtime", ("w2",))
+    assert "managed_hosts" in finding.fix
+
+
+def test_containers_need_an_image_that_can_be_built_or_pulled() -> None:
+    assert spec_of(CONTAINER).facts.image == "registry.example/vllm:1"
+    built = {"clusterkit_runtime": "container", "clusterkit_stack": "cpu"}
+    cpus = {"cpus": {"clusterkit_accelerator": "cpu"}}
+    assert spec_of(built, pools=cpus, workers={"w1": "cpus"}).stack.image is not None
+    assert "no recipe" in findings_of({"clusterkit_runtime": "container"})["clusterkit_image"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "pinned"),
+    [
+        ("vllm", False),
+        ("registry.example:5000/vllm", False),
+        ("registry.example:5000/vllm:1", True),
+        ("registry.example/vllm@sha256:0f", True),
+    ],
+)
+def test_an_image_names_its_version(reference: str, pinned: bool) -> None:
+    found = findings_of({**CONTAINER, "clusterkit_image": reference})
+    assert ("clusterkit_image" not in found) is pinned
+
+
 def test_a_host_in_no_pool() -> None:
     raw = inventory()
     loose = dataclasses.replace(raw, groups={**raw.groups, "gpus": ("w1",)})
