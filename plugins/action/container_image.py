@@ -51,6 +51,8 @@ class ActionModule(ActionBase):
                 f"the host is {info['machine']}, the controller {machine}: images are built for one's own\n"
                 "Fix: run from a controller of that architecture, or name an image: clusterkit_image"
             )
+        if info["current"]:
+            return info
         if info["tag"]:
             return self._module({**base, "tag": info["tag"]}, task_vars)
         if self._task.check_mode:

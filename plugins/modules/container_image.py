@@ -59,6 +59,10 @@ tag:
   description: Tag of the image with the wanted inputs, empty where there is none.
   returned: always
   type: str
+current:
+  description: Whether the name points to the image with the wanted inputs.
+  returned: state is info
+  type: bool
 machine:
   description: Architecture of the host.
   returned: always
@@ -139,8 +143,10 @@ def main():
     current = docker.inspect(params["name"])
     result["image"] = current["Id"] if current else ""
     if params["state"] == "info":
-        _, result["tag"] = chosen(docker.images(), params["inputs"], params["name"]) if params["inputs"] else ("", "")
-        module.exit_json(changed=False, **result)
+        wanted, result["tag"] = (
+            chosen(docker.images(), params["inputs"], params["name"]) if params["inputs"] else ("", "")
+        )
+        module.exit_json(changed=False, current=bool(wanted) and wanted == result["image"], **result)
     if params["state"] == "absent":
         names = sorted({tag for image in docker.images() for tag in image.get("RepoTags") or []})
         names += [params["name"]] if current and params["name"] not in names else []

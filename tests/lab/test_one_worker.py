@@ -24,6 +24,8 @@ OF_PACKAGES = (
     "/etc/subuid",
     "/etc/alternatives/",
     "/etc/apparmor.d/",
+    "/etc/cni",
+    "/etc/docker/key.json",
     "/etc/rc",
     "/home/ops/.ansible",
     "/home/ops/.cache",
