@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,8 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,7 +59,7 @@ def archive(plan: ImagePlan, *, store: Path, mirror: str = "") -> tuple[str, Pat
     pins = wheels.lock(plan.wish, plan.target, store=store)
     tag = plan.tag(pins)
     path = store / "images" / f"{tag.rpartition(':')[2]}.tar"
-    with _locked(store, path.name):
+    with wheels.locked(store, path.name):
         if path.exists():
             return tag, path
         docker = builder()
@@ -172,13 +170,3 @@ def _run(docker: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 def _digest(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _locked(store: Path, name: str) -> Iterator[None]:
-    """One build at a time: many hosts ask at once."""
-    folder = store / "lockfiles"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -91,7 +91,7 @@ def lock(wish: Wish, target: Target, *, store: Path, other_pythons: Sequence[str
     Raises ClusterkitError with uv's words, and with the Python versions that would fit.
     """
     kept = store / "locks" / f"{wish.digest(target)}.txt"
-    with _locked(store, kept.name):
+    with locked(store, kept.name):
         if not kept.exists():
             resolved = _resolve(wish, target, other_pythons)
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def wheelhouse(wish: Wish, target: Target, pins: Sequence[str], *, store: Path) 
     """A tar file with one wheel per pin, for a host that reaches no index. Made once, named by content."""
     digest = hashlib.sha256("\n".join([*pins, target.python, target.glibc, target.machine]).encode()).hexdigest()[:16]
     archive = store / "wheelhouse" / f"{digest}.tar"
-    with _locked(store, archive.name):
+    with locked(store, archive.name):
         if archive.exists():
             return archive
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -282,8 +282,8 @@ def _uv_binary() -> str:
 
 
 @contextmanager
-def _locked(store: Path, name: str) -> Iterator[None]:
-    """One resolver or download at a time: many hosts ask at once."""
+def locked(store: Path, name: str) -> Iterator[None]:
+    """One resolver, download or build of a name at a time: many hosts ask at once."""
     folder = store / "lockfiles"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w") as handle:
