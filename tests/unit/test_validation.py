@@ -211,7 +211,11 @@ MISTAKES = {
         MAIN, ("dashbord",), "clusterkit_ports.dashbord", "no such key", "did you mean 'dashboard'?"
     ),
     "unknown value": Mistake(
-        MAIN, ("clusterkit_runtime",), "clusterkit_runtime", "is not one of the known values", "one of 'venv' or 'container'"
+        MAIN,
+        ("clusterkit_runtime",),
+        "clusterkit_runtime",
+        "is not one of the known values",
+        "one of 'venv' or 'container'",
     ),
     "undefined value": Mistake(
         MAIN,
