@@ -204,16 +204,16 @@ def remove(
     context: typer.Context,
     inventory: Inventory = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    with_data: Annotated[bool, typer.Option("--data", help="The weights that the kit made, too.")] = False,
+    with_data: Annotated[bool, typer.Option("--data", help="The whole folder of the weights, too.")] = False,
     limit: Limit = None,
     extra_vars: ExtraVars = None,
     ask_become: AskBecome = False,
     ask_vault: AskVault = False,
     vault_id: VaultId = None,
 ) -> None:
-    """Take away what the kit made, stray Ray processes included. Packages stay, and without --data the weights."""
+    """Take away what the kit made, stray Ray processes included. Packages and the site's data stay."""
     where = workspace.inventory(inventory)
-    what = f"{limit or 'the cluster'} of {where}{', weights included,' if with_data else ''}"
+    what = f"{limit or 'the cluster'} of {where}{', every weight included,' if with_data else ''}"
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take {what} away?", err=True)):
         raise UsageError("nothing was removed", hint="say --yes to remove without being asked")
     options = _options(

@@ -98,7 +98,7 @@ def person(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
         someone = Person(home, os.getuid(), os.getgid(), switched=False)
         _copy_checkout(someone.kit)
         yield someone
-        someone.clusterkit("remove", "--yes", "--data")
+        someone.clusterkit("remove", "--yes")
         return
     subprocess.run(["userdel", "--remove", USER], capture_output=True, check=False)
     # No skeleton: the home is empty.
@@ -111,7 +111,7 @@ def person(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
     _copy_checkout(someone.kit)
     subprocess.run(["chown", "-R", f"{entry.pw_uid}:{entry.pw_gid}", str(someone.kit)], check=True)
     yield someone
-    someone.clusterkit("remove", "--yes", "--data")
+    someone.clusterkit("remove", "--yes")
     subprocess.run(["pkill", "-KILL", "-u", USER], check=False)
     subprocess.run(["userdel", "--remove", USER], capture_output=True, check=False)
 
@@ -197,11 +197,11 @@ def test_remove_takes_everything_away_strays_included(person: Person, deployed: 
     supervisor = next(line for line in person.processes() if "ray-node" in line and "supervise" in line)
     os.kill(int(supervisor.split()[0]), signal.SIGKILL)
     assert any("raylet" in line for line in person.processes()), "the safeguard has something to do"
-    done = person.clusterkit("remove", "--yes", "--data")
+    done = person.clusterkit("remove", "--yes")
     assert done.returncode == 0, done.stderr
     assert not [line for line in person.processes() if "ray" in line.lower()]
     left = [".local/share/clusterkit", ".config/clusterkit/local", ".local/state/clusterkit/local"]
     assert not [name for name in left if (person.home / name).exists()]
     assert not Path(f"/tmp/clusterkit-{person.uid}").exists()
-    again = person.clusterkit("remove", "--yes", "--data")
+    again = person.clusterkit("remove", "--yes")
     assert again.returncode == 0, again.stderr

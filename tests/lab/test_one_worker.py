@@ -121,7 +121,7 @@ def test_the_sites_own_settings_of_docker_are_kept(deployed: Cluster) -> None:
 
 
 def test_remove_leaves_what_was_there_before(deployed: Cluster, before: dict[str, dict[str, str]]) -> None:
-    done = clusterkit("remove", "-i", str(deployed.inventory), "--yes", "--data")
+    done = clusterkit("remove", "-i", str(deployed.inventory), "--yes")
     assert done.returncode == 0, done.stderr
     for host in ("head", "worker1"):
         after = files(deployed, host)
@@ -135,5 +135,5 @@ def test_remove_leaves_what_was_there_before(deployed: Cluster, before: dict[str
         # Nobody can tell who else has come to need them.
         assert "docker.io" in packages(deployed, host)
     assert deployed.on("worker1", "cat /etc/docker/daemon.json") == SITE_DAEMON.strip()
-    again = clusterkit("remove", "-i", str(deployed.inventory), "--yes", "--data")
+    again = clusterkit("remove", "-i", str(deployed.inventory), "--yes")
     assert again.returncode == 0, again.stderr

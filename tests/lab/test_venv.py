@@ -37,7 +37,7 @@ def test_a_killed_launcher_and_a_drained_worker_come_back(venv_cluster: Cluster)
 
 
 def test_remove_ends_everything(venv_cluster: Cluster) -> None:
-    done = clusterkit("remove", "-i", str(venv_cluster.inventory), "--yes", "--data")
+    done = clusterkit("remove", "-i", str(venv_cluster.inventory), "--yes")
     assert done.returncode == 0, done.stderr
     for host in ("head", "worker1"):
         left = venv_cluster.on(host, "find /opt /etc /var/lib /var/log -path '*clusterkit*'")
