@@ -82,7 +82,9 @@ def test_a_deploy_killed_at_each_task_ends_where_an_undisturbed_one_does(bare: C
 
 def test_apts_lock_is_waited_for(bare: Cluster) -> None:
     bare.on("worker1", "dpkg --remove --force-depends libnuma1")
-    bare.on("worker1", "systemd-run --unit=holdlock flock /var/lib/dpkg/lock-frontend sleep infinity")
+    # dpkg's lock is fcntl's: flock(1) would hold another one.
+    hold = "import fcntl, signal; f = open('/var/lib/dpkg/lock-frontend', 'w'); fcntl.lockf(f, 2); signal.pause()"
+    bare.on("worker1", f'systemd-run --unit=holdlock /usr/bin/python3 -c "{hold}"')
     with when(lambda: runs(bare, "worker1", "apt-get"), lambda: bare.on("worker1", "systemctl stop holdlock")) as freed:
         changed = bare.deploy("--tags", "baseline")
     assert freed, "the lock was held until apt asked for it"
@@ -91,7 +93,7 @@ def test_apts_lock_is_waited_for(bare: Cluster) -> None:
 
 
 def test_a_full_disk_is_named_and_nothing_is_half_done(bare: Cluster) -> None:
-    bare.on("worker1", "host=/opt/clusterkit/bin; cp -a $host /tmp/bin && mount -t tmpfs -o size=64k tmpfs $host")
+    bare.on("worker1", "mount -t tmpfs -o size=64k tmpfs /opt/clusterkit/bin")
     bare.on("worker1", "dd if=/dev/zero of=/opt/clusterkit/bin/full bs=1k count=64", check=False)
     try:
         failed = clusterkit("deploy", "-i", str(bare.inventory), "--limit", "worker1", "--tags", "host_agent")
@@ -106,6 +108,8 @@ def test_ssh_that_is_cut_in_a_task_stops_that_host_alone(bare: Cluster) -> None:
     """The link goes down while the image is on its way to the worker. It comes back; so does the run."""
     bare.on("worker1", "/opt/clusterkit/bin/host-agent stop; docker image rm -f $(docker images -q clusterkit/vllm*)")
 
+    gateway = bare.on("worker1", "ip route show default").split()[2]
+
     def cut() -> None:
         # From beside, not through the link that goes down.
         bare.on("worker1", "ip link set eth0 down")
@@ -117,7 +121,7 @@ def test_ssh_that_is_cut_in_a_task_stops_that_host_alone(bare: Cluster) -> None:
     assert done.returncode == 1
     table = {line.split()[0]: line for line in done.stderr.splitlines() if line.startswith(("head ", "worker1 "))}
     assert "unreachable" in table["worker1"]
-    bare.on("worker1", "ip link set eth0 up && ip route replace default via 198.18.0.1", check=False)
+    bare.on("worker1", f"ip link set eth0 up && ip route replace default via {gateway}")
     restored = clusterkit("lab", "up", "--workers", "1", "--name", bare.name, "--inventory", str(bare.inventory))
     assert restored.returncode == 0, restored.stderr
     assert bare.deploy(), "the worker is brought back"
