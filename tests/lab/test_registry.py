@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import Cluster, Maker, playbook
+from tests.lab.conftest import Cluster, Maker, playbook, recap
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -58,4 +58,4 @@ def test_hosts_pull_what_the_controller_pushed(registry: tuple[Cluster, str, Pat
     assert [digest for digest in image["RepoDigests"] if digest.startswith(f"{address}/clusterkit/vllm-cpu@sha256:")]
     assert lab.on("worker1", "/opt/clusterkit/bin/ray-python -c 'import ray; print(ray.__version__)'") == "2.60.0"
     again = playbook("site.yml", lab.inventory, *words)
-    assert "changed=0" in again.stdout.split("PLAY RECAP")[1].splitlines()[2]
+    assert recap(again.stdout)["worker1"]["changed"] == 0
