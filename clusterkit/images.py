@@ -67,11 +67,11 @@ def archive(plan: ImagePlan, *, store: Path, mirror: str = "") -> tuple[str, Pat
             _build(docker, plan, pins, tag, store=store, mirror=mirror)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
-        done = _run(docker, "save", "--output", str(partial), tag)
-        if done.returncode != 0:
+        try:
+            _must(_run(docker, "save", "--output", str(partial), tag), f"the image {tag} could not be saved")
+            partial.rename(path)
+        finally:
             partial.unlink(missing_ok=True)
-            raise ClusterkitError(f"the image {tag} could not be saved: {done.stderr.strip()[-500:]}")
-        partial.rename(path)
     return tag, path
 
 

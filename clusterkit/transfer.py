@@ -21,7 +21,7 @@ class Connected(Protocol):
 def bring(action: Connected, *files: Path) -> list[str]:
     """Paths of the files on the host, readable for the connection's user and root. Clears what was there."""
     folder = _execute(action, f"umask 77 && rm -rf {FOLDER} && mkdir {FOLDER} && cd {FOLDER} && pwd")
-    return [str(action._transfer_file(str(file), f"{folder}/{file.name}") or f"{folder}/{file.name}") for file in files]
+    return [str(action._transfer_file(str(file), f"{folder}/{file.name}")) for file in files]
 
 
 def clear(action: Connected) -> None:
@@ -37,4 +37,5 @@ def _execute(action: Connected, command: str) -> str:
             f"the host takes no files: {str(done.get('stderr', '')).strip()[-300:]}",
             hint="is the disk of the user's home full?",
         )
-    return str(done["stdout"]).strip().splitlines()[-1] if str(done["stdout"]).strip() else ""
+    lines: list[str] = str(done["stdout"]).split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

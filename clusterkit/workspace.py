@@ -21,6 +21,11 @@ def state_home() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "clusterkit"
 
 
+def cache_home() -> Path:
+    """`$XDG_CACHE_HOME/clusterkit`, by default `~/.cache/clusterkit`: wheels and images that hosts are made from."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clusterkit"
+
+
 def playbook(name: str) -> Path:
     """`site.yml`, or one of `playbooks/`."""
     path = ROOT / name if name == "site.yml" else ROOT / "playbooks" / name

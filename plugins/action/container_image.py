@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-from clusterkit import images, transfer, wheels
+from clusterkit import images, transfer, wheels, workspace
 from clusterkit.errors import ClusterkitError
 
-STORE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clusterkit"
+STORE = workspace.cache_home()
 
 
 class ActionModule(ActionBase):
