@@ -34,7 +34,7 @@ def main() -> None:
         playbook = str(BIN / "ansible-playbook")
         try:
             clusterkit("lab", "up", "--workers", "2", "--runtime", "venv", *words)
-            run(playbook, "site.yml", "-i", str(inventory), "--tags", "baseline,ray_env,model_store")
+            run(playbook, "site.yml", "-i", str(inventory), "--tags", "baseline,host_agent,ray_env,model_store")
             ad_hoc(inventory, "ansible.builtin.apt", "name=rsync state=present")
             ours = seconds(lambda: run(playbook, "playbooks/ray.yml", "-i", str(inventory)))
             again = seconds(lambda: run(playbook, "playbooks/ray.yml", "-i", str(inventory)))

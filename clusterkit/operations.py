@@ -24,6 +24,7 @@ STATUS_TASK = "Ask Ray"
 AGENT_TASK = "Ask the agent"
 NODE_TASK = "Read the node's state"
 HOLD_TASK = "Keep the host out of service"
+RELEASE_TASK = "End quarantine and maintenance"
 
 REASON_LIMIT = 200  # the agent's own
 STAY_TASKS = ("Say which packages stay", "Say what stays")
@@ -237,6 +238,7 @@ class HostChange:
     files        inventory files that were edited, and `diff` how
     held         why the host is off by policy now, in words; None where it is not
     maintenance  owner, reason and since of its maintenance
+    released     what was lifted: quarantine and maintenance, as they were
     left         what stays on a host that was removed, or may stay where it could not be reached
     hosts        what Ansible counted, on every host that it touched
     """
@@ -247,6 +249,7 @@ class HostChange:
     diff: str = ""
     held: str | None = None
     maintenance: dict[str, Any] | None = None
+    released: dict[str, Any] | None = None
     left: list[str] = field(default_factory=list)
     hosts: dict[str, HostCount] = field(default_factory=dict)
     log: Path | None = None
@@ -283,13 +286,15 @@ def add_host(
         inventory_file.write(edits)
     else:
         _same_host(inventory, host, known, pool, words)
-        results.append(runner.run("release.yml", inventory, only, on_event=on_event))
+        # A quarantine is ended by whoever mended the host: host release.
+        ended = replace(only, extra_vars=(*only.extra_vars, '{"release_only": "maintenance"}'))
+        results.append(runner.run("release.yml", inventory, ended, on_event=on_event))
     results.append(runner.run("site.yml", inventory, only, on_event=on_event))
     held = _agent(results[-1].results.get(NODE_TASK, {}).get(host, {}))["held"]
     if held:
         raise ClusterkitError(
             f"{host} is converged, and stays off: it is {held}",
-            hint="a quarantine ends with what caused it; then give the same command again",
+            hint=f"mend what caused it, then: clusterkit host release {host}, and the same command again",
         )
     return _host_change(host, edits, results)
 
@@ -314,6 +319,20 @@ def drain_host(
     result = _drain(inventory, host, reason, force, given, on_event)
     said = _said(result.results.get(HOLD_TASK, {}).get(host, {}))
     return replace(_host_change(host, [], [result]), held=said.get("held"), maintenance=said.get("maintenance"))
+
+
+def release_host(
+    inventory: str, host: str, *, options: Options | None = None, on_event: OnEvent = _quiet
+) -> HostChange:
+    """End a host's quarantine and maintenance; starts nothing. Raises UsageError where there is no such host."""
+    given = options or Options()
+    names = list(validate(inventory, given, on_event=on_event)["hosts"])
+    if host not in names:
+        hint = did_you_mean(host, names) or f"one of {', '.join(names[:20])}{' …' if len(names) > 20 else ''}"
+        raise UsageError(f"there is no host {host!r} in {inventory}", hint=hint)
+    result = runner.run("release.yml", inventory, replace(given, limit=host), on_event=on_event)
+    said = _said(result.results.get(RELEASE_TASK, {}).get(host, {}))
+    return replace(_host_change(host, [], [result]), held=said.get("held"), released=said.get("released"))
 
 
 def remove_host(

@@ -18,7 +18,8 @@
     failed       what stopped the plan of a host: host, role, task, message
     unreachable  host, message
     hosts        host → state (planned, incomplete, failed, unreachable), changes (number), node (running, degraded,
-                 stopped, not installed; unknown where it was not asked)
+                 stopped, not installed; unknown where it was not asked); of a GPU host, driver (state, summary,
+                 kernels, what is loaded and wanted, as gpu_driver tells it) and gpus (model, address, firmware)
     consent      clusterkit_allow_disruption
     complete     false: the run ended early, and later roles were not looked at
 
@@ -49,6 +50,8 @@ Json = dict[str, Any]
 SPEC_TASK = "Read the cluster from the inventory"
 NODE_TASK = "Read the node's state"
 SERVE_TASK = "Apply the Serve config"
+DRIVER_TASK = "Load the driver, or find out what keeps it from being loaded"
+GPUS_TASK = "Judge the GPUs"
 LAST_PLAY = "Prove that the cluster answers"
 
 HIDDEN = "<hidden>"
@@ -118,6 +121,8 @@ class HostPlan:
     state: str
     changes: int
     node: str
+    driver: Mapping[str, Any] | None = None
+    gpus: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,12 +176,16 @@ def plan(events: Iterable[Event], changed: Mapping[str, int] | None = None) -> P
     unreachable = tuple(_failure(event, hide) for event in failures if event.kind == "unreachable")
     complete = not failures or any(event.kind == "play" and event.play == LAST_PLAY for event in seen)
     nodes = {event.host: _node(event.result) for event in seen if event.task == NODE_TASK and event.host}
+    drivers = {event.host: _driver(event.result) for event in seen if event.task == DRIVER_TASK and event.host}
+    gpus = {event.host: _gpus(event.result) for event in seen if event.task == GPUS_TASK and event.host}
     bad = {item.host: "failed" for item in failed} | {item.host: "unreachable" for item in unreachable}
     hosts = {
         host: HostPlan(
             state=bad.get(host, "planned" if complete else "incomplete"),
             changes=sum(change.host == host and not change.left for change in changes),
             node=nodes.get(host, "unknown"),
+            driver=drivers.get(host),
+            gpus=gpus.get(host, ()),
         )
         for host in _planned_hosts(seen, cluster)
     }
@@ -356,6 +365,21 @@ def _node(result: Json) -> str:
     return str(said.get("state") or "not installed") if isinstance(said, dict) else "not installed"
 
 
+def _driver(result: Json) -> Json | None:
+    """What gpu_driver saw of kernel and driver; None where it told nothing."""
+    keys = ("state", "summary", "loaded", "wanted", "running_kernel", "next_kernel", "dkms", "secure_boot")
+    return {key: result[key] for key in keys if key in result} or None
+
+
+def _gpus(result: Json) -> tuple[Json, ...]:
+    """The GPUs that tier 0 saw."""
+    try:
+        said = json.loads(result.get("stdout") or "{}")
+    except ValueError:
+        return ()
+    return tuple(said.get("gpus") or ()) if isinstance(said, dict) else ()
+
+
 def _replicas(events: Sequence[Event], cluster: Json) -> dict[str, dict[str, int]] | None:
     """host → app → replicas that run there now; None where Serve was not asked or did not answer."""
     answers = [event.result for event in events if event.task == SERVE_TASK and "applications" in event.result]
@@ -393,8 +417,9 @@ def _disruptions(
                 reasons.setdefault((change.host, what), []).append(reason)
     head = cluster.get("head", {}).get("host")
     for (host, what), because in reasons.items():
-        # Where no node runs, there is nothing to stop.
-        if what in {"node", "docker"} and nodes.get(host, "unknown") in {"stopped", "not installed"}:
+        # Where no node runs, there is nothing to stop; a reboot is told all the same.
+        idle = nodes.get(host, "unknown") in {"stopped", "not installed"}
+        if what in {"node", "docker"} and idle:
             continue
         lost = None if replicas is None else dict(replicas.get(host, {}))
         if replicas is not None and host == head and what != "app":
@@ -403,7 +428,7 @@ def _disruptions(
             for on_host in replicas.values():
                 for app, number in on_host.items():
                     lost[app] = lost.get(app, 0) + number
-        yield Disruption(host, what, tuple(dict.fromkeys(because)), lost, what in NEEDS_CONSENT, consent)
+        yield Disruption(host, what, tuple(dict.fromkeys(because)), lost, what in NEEDS_CONSENT and not idle, consent)
     for host, names in apps.items():
         lost = {name: (replicas or {})[host][name] for name in names}
         because = [reason for inner in names.values() for reason in inner]

@@ -19,6 +19,7 @@ class ReplicaDemand:
     gpus            GPUs of one replica; below 1 a share of one GPU
     gpus_per_host   GPUs that one replica needs on one host
     memory_fraction share of each GPU's memory that the engine takes
+    minimum_cpus    CPUs of all replicas that the app starts with, ingress included
     """
 
     gpus: float
@@ -26,6 +27,7 @@ class ReplicaDemand:
     min_replicas: int
     max_replicas: int
     memory_fraction: float | None = None
+    minimum_cpus: float = 0
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,24 @@ def drain(
 
 
 @app.command()
+def release(
+    host: Host,
+    inventory: Inventory = None,
+    as_json: Json = False,
+    extra_vars: ExtraVars = None,
+    ask_become: AskBecome = False,
+    ask_vault: AskVault = False,
+    vault_id: VaultId = None,
+) -> None:
+    """End a host's quarantine or maintenance. Starts nothing: the next deploy, or `host add NAME`, does."""
+    where = workspace.inventory(inventory)
+    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
+    with _running(as_json) as show:
+        change = operations.release_host(where, host, options=chosen, on_event=show)
+    _tell(change, as_json, f"{host} is released" if change.changed else f"{host} was not held")
+
+
+@app.command()
 def remove(
     host: Host,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 from clusterkit import operations, workspace
 from clusterkit.cli import output
 from clusterkit.cli.options import AskBecome, AskVault, ExtraVars, Forks, Inventory, Json, Limit, Tags, VaultId, options
-from clusterkit.plan import Change, Disruption, Plan
+from clusterkit.plan import Change, Disruption, HostPlan, Plan
 
 # What a screen takes of one file; --json has all of it.
 SHOWN_LINES = 24
@@ -68,11 +69,30 @@ def _show(plan: Plan) -> None:
             output.out.print(f"  {escape(role or '-')}")
             for change in changes:
                 _show_change(change)
+    for host, item in plan.hosts.items():
+        if item.driver or item.gpus:
+            output.out.print(f"[bold]{escape(host)}[/] {escape(_gpu_host(item))}")
     if plan.disruptions:
         output.out.print("[bold]would be disrupted[/]")
         for disruption in plan.disruptions:
             output.out.print(f"  {escape(_disruption(disruption))}")
     _show_end(plan)
+
+
+def _gpu_host(host: HostPlan) -> str:
+    """Driver and GPUs of a host, as they are."""
+    driver = host.driver or {}
+    models = Counter(str(gpu.get("model")) for gpu in host.gpus)
+    firmware = sorted(
+        {f"{name} {version}" for gpu in host.gpus for name, version in (gpu.get("firmware") or {}).items()}
+    )
+    parts = [
+        f"kernel {driver['running_kernel']}" if driver.get("running_kernel") else "",
+        str(driver.get("summary") or ""),
+        ", ".join(f"{number} x {model}" for model, number in models.items()),
+        f"firmware {', '.join(firmware[:4])}{' …' if len(firmware) > 4 else ''}" if firmware else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def _show_change(change: Change) -> None:

@@ -381,11 +381,13 @@ def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: 
     """Does each app fit a host and its pool, and do the GPUs' memory shares add up?"""
     findings: list[Finding] = []
     minimum: Counter[str] = Counter()
+    cpus: Counter[str] = Counter()
     for index, app in apps:
         home = pools[app.pool]
+        demand = app.template.demand(app.parameters)
+        cpus[app.pool] += demand.minimum_cpus  # type: ignore[assignment]
         if home.facts.accelerator == "cpu":
             continue
-        demand = app.template.demand(app.parameters)
         place = value.place((index, "parameters"))
         subject = f"clusterkit_apps[{index}] {app.name}"
         total = home.facts.gpus * home.max
@@ -427,6 +429,19 @@ def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: 
                     "clusterkit_apps",
                     f"together the apps of {name} need {needed:g} GPUs at min_replicas, and it has {total}",
                     "lower min_replicas, or add hosts",
+                )
+            )
+    for name, asked in cpus.items():
+        # What the inventory leaves open is all of a host, and nobody knows yet how much that is.
+        offered = (pools[name].facts.cpus or asked) * pools[name].max
+        if asked > offered + TOLERANCE:
+            findings.append(
+                Finding(
+                    value.place(),
+                    "clusterkit_apps",
+                    f"together the apps of {name} need {asked:g} CPUs at min_replicas, ingress included, "
+                    f"and it offers {offered}",
+                    "lower min_replicas or cpus_per_replica, raise clusterkit_cpus, or add hosts",
                 )
             )
     return findings

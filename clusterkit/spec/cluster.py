@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from clusterkit.spec.facts import Accelerator, AppFacts, ClusterFacts, HostFacts, PoolFacts
-from clusterkit.spec.stacks import Stack
+from clusterkit.spec.stacks import Engine, Stack
 from serve_apps.template import Template
 
 HEAD_NODE_TYPE = "head"
@@ -104,7 +104,11 @@ class ClusterSpec(_Frozen):
             "image": facts.image,
             # What runs Python with Ray in it, in either runtime; made by ray_env or vllm_image.
             "ray_python": facts.paths.root + ("/ray-env/bin/python" if facts.runtime == "venv" else "/bin/ray-python"),
-            "stack": self.stack.model_dump(mode="json"),
+            # A row that brings no engine of its own has an empty one: roles need not ask.
+            "stack": {
+                **self.stack.model_dump(mode="json"),
+                "engine": (self.stack.engine or Engine(requirements=(), python=())).model_dump(mode="json"),
+            },
             "service_user": facts.service_user,
             "ports": facts.ports.model_dump(),
             "paths": facts.paths.model_dump(),
@@ -116,6 +120,7 @@ class ClusterSpec(_Frozen):
             "serve": facts.serve.model_dump(),
             "log_rotation": facts.log_rotation.model_dump(),
             "allow_disruption": facts.allow_disruption,
+            "max_unavailable": facts.max_unavailable,
             "head": {
                 "host": self.head,
                 "node_ip": self.hosts[self.head].node_ip,
@@ -150,6 +155,7 @@ class ClusterSpec(_Frozen):
             "accelerator": pool.accelerator if pool else None,
             "gpu_model": pool.gpu_model if pool else None,
             "num_gpus": pool.gpus if pool else 0,
+            "gpu_memory_gib": pool.gpu_memory_gib if pool else None,
             # A head that is no worker offers Ray nothing, so no replica can land there.
             "num_cpus": pool.cpus if pool else 0,
             "labels": pool.labels if pool else {},

@@ -162,6 +162,9 @@ class ClusterFacts(Facts):
     log_rotation: LogRotation = LogRotation()
     # Not strict: `-e clusterkit_allow_disruption=true` arrives as text.
     allow_disruption: bool = Field(False, description="consent to stop replicas where a change needs it")
+    max_unavailable: StrictInt = Field(
+        1, gt=0, description="how many hosts at once may be out of service for a reboot or a restart of dockerd"
+    )
     apps: list[AppFacts] = Field([], description="what is served; one entry a model")
 
 

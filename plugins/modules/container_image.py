@@ -146,9 +146,12 @@ def main():
     current = docker.inspect(params["name"])
     result["image"] = current["Id"] if current else ""
     if params["state"] == "info":
-        wanted, result["tag"] = (
-            chosen(docker.images(), params["inputs"], params["name"]) if params["inputs"] else ("", "")
-        )
+        wanted, result["tag"] = "", ""
+        if params["inputs"]:
+            # The one in use first: where it fits, the engine is asked once and no more.
+            wanted, result["tag"] = chosen([current] if current else [], params["inputs"], params["name"])
+            if not wanted:
+                wanted, result["tag"] = chosen(docker.images(), params["inputs"], params["name"])
         module.exit_json(changed=False, current=bool(wanted) and wanted == result["image"], **result)
     if params["state"] == "absent":
         names = sorted({tag for image in docker.images() for tag in image.get("RepoTags") or []})

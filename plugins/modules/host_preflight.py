@@ -49,6 +49,15 @@ options:
   environment:
     description: Where the Ray environment lies; once it is there, its disk space is not asked for again.
     type: path
+  gpu_vendor:
+    description: Whose GPUs the host is to have; empty where none.
+    type: str
+    choices: ["", amd, nvidia]
+    default: ""
+  gpus:
+    description: How many GPUs the inventory declares.
+    type: int
+    default: 0
 """
 
 EXAMPLES = r"""
@@ -111,7 +120,7 @@ def check_distribution(release, supported):
     if not supported:
         return []
     name, version = release.get("ID", "unknown"), release.get("VERSION_ID", "")
-    if version in supported.get(name, []):
+    if {version, version.partition(".")[0]} & set(supported.get(name, [])):
         return []
     known = "; ".join("%s %s" % (key, ", ".join(values)) for key, values in sorted(supported.items()))
     return [finding("distribution", "%s %s is not supported" % (name, version), "use one of: %s" % known)]
@@ -274,6 +283,102 @@ def _ours(pid, command, owner_path):
     return any((path + "/").startswith(owner_path + "/") for path in _open_files(str(pid)))
 
 
+VENDORS = {"amd": ("0x1002", "amdgpu"), "nvidia": ("0x10de", "nvidia")}
+# PCI base classes: display controllers and processing accelerators. An AMD device of the class VGA is the board's
+# or the processor's own graphics.
+GPU_CLASSES = {"amd": ("0x0380", "0x0302", "0x12"), "nvidia": ("0x0300", "0x0302", "0x12")}
+BOOT_MIB = 300
+
+
+def _text(*path):
+    try:
+        with open(os.path.join(*path)) as handle:
+            return handle.read().strip()
+    except OSError:
+        return ""
+
+
+def gpu_addresses(vendor, root="/"):
+    """PCI addresses of the vendor's GPUs, driver or not."""
+    folder = os.path.join(root, "sys/bus/pci/devices")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [
+        name
+        for name in names
+        if _text(folder, name, "vendor") == VENDORS[vendor][0]
+        and _text(folder, name, "class").startswith(GPU_CLASSES[vendor])
+    ]
+
+
+def check_gpus(vendor, wanted, root="/"):
+    """What the inventory declares against what is on the bus; a driver is not asked for yet."""
+    if not vendor or not wanted:
+        return []
+    there = gpu_addresses(vendor, root)
+    if len(there) == wanted:
+        return []
+    problem = "%d of %d %s GPUs are on the PCI bus%s" % (
+        len(there),
+        wanted,
+        {"amd": "AMD", "nvidia": "NVIDIA"}[vendor],
+        ": " + ", ".join(there) if there else "",
+    )
+    fix = (
+        "set clusterkit_gpus to what the host has, or look for the missing: power off and on, reseat it, ask the vendor"
+    )
+    if vendor == "amd" and 0 < len(there) < wanted and "pci=realloc=off" not in _text(root, "proc/cmdline"):
+        fix = "boot with pci=realloc=off (rocm_host sets it); then: " + fix
+    return [finding("GPUs", problem, fix)]
+
+
+def secure_boot(root="/"):
+    """Whether the firmware loads signed code only; the last of the variable's five bytes says so."""
+    path = os.path.join(root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
+    try:
+        with open(path, "rb") as handle:
+            return handle.read()[-1:] == b"\x01"
+    except OSError:
+        return False
+
+
+def check_secure_boot(vendor, root="/"):
+    """DKMS signs what it builds with its own key: where that is not enrolled, the kernel refuses the driver."""
+    if not vendor or not secure_boot(root):
+        return []
+    keys = [os.path.join(root, path) for path in ("var/lib/dkms/mok.pub", "var/lib/shim-signed/mok/MOK.der")]
+    keys = [key for key in keys if os.path.exists(key)]
+    for key in keys:
+        done = subprocess.run(["mokutil", "--test-key", key], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if b"already enrolled" in done.stdout:
+            return []
+    key = keys[0] if keys else "/var/lib/dkms/mok.pub (made by DKMS at its first build)"
+    return [
+        finding(
+            "Secure Boot",
+            "is on, and the key that DKMS signs drivers with is not enrolled: the kernel would refuse the driver",
+            "switch Secure Boot off in the firmware, or enrol the key at the console: mokutil --import %s, "
+            "reboot, confirm in MokManager" % key,
+        )
+    ]
+
+
+def check_boot_space(vendor, root="/"):
+    """A driver's initramfs lies in /boot; where it does not fit, the next boot has none."""
+    boot = os.path.join(root, "boot")
+    if not vendor or not os.path.isdir(boot) or os.path.isdir(os.path.join(root, "sys/module", VENDORS[vendor][1])):
+        return []
+    free = shutil.disk_usage(boot).free // 1024**2
+    if free >= BOOT_MIB:
+        return []
+    return [
+        finding(
+            "disk",
+            "%d MiB free in /boot, and the driver's initramfs needs up to %d" % (free, BOOT_MIB),
+            "remove kernels that are no longer used: apt-get autoremove --purge, or dnf remove --oldinstallonly",
+        )
+    ]
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -287,6 +392,8 @@ def main():
             "ports": {"type": "dict", "default": {}},
             "owner_path": {"type": "path"},
             "environment": {"type": "path"},
+            "gpu_vendor": {"type": "str", "choices": ["", "amd", "nvidia"], "default": ""},
+            "gpus": {"type": "int", "default": 0},
         },
         supports_check_mode=True,
     )
@@ -298,6 +405,8 @@ def main():
         + check_memory(meminfo_gib(), given["memory_gib"])
         + check_disk(given["disk_gib"], given["environment"])
         + check_ports(given["ports"], given["owner_path"])
+        + check_gpus(given["gpu_vendor"], given["gpus"])
+        + (check_secure_boot(given["gpu_vendor"]) + check_boot_space(given["gpu_vendor"]) if given["managed"] else [])
     )
     lines = "\n".join("  %(subject)s: %(problem)s. Fix: %(fix)s" % item for item in findings)
     if findings:

@@ -34,7 +34,7 @@ def model_source(parameters: LlmParameters) -> dict[str, str]:
 
 
 def demand(parameters: LlmParameters) -> ReplicaDemand:
-    """What one replica asks of a pool with GPUs."""
+    """What the app asks of a pool."""
     gpus: float = parameters.tensor_parallel * parameters.pipeline_parallel
     if parameters.gpu_fraction is not None:
         gpus = parameters.gpu_fraction
@@ -44,6 +44,8 @@ def demand(parameters: LlmParameters) -> ReplicaDemand:
         min_replicas=parameters.min_replicas,
         max_replicas=parameters.max_replicas,
         memory_fraction=_memory_fraction(parameters),
+        minimum_cpus=parameters.min_replicas * (parameters.cpus_per_replica or 1)
+        + parameters.ingress_min * INGRESS_CPUS,
     )
 
 

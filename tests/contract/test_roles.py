@@ -98,3 +98,11 @@ def test_no_group_vars_lie_beside_a_playbook() -> None:
     """They would override the site's own."""
     assert not (ROOT / "group_vars").exists()
     assert not (ROOT / "playbooks/group_vars").exists()
+
+
+def test_no_newline_is_written_inside_a_template() -> None:
+    """Ansible doubles the backslash there: the message would show `\\n`, and its `Fix:` would not be found."""
+    files = [*(ROOT / "playbooks").rglob("*.yml"), *(ROOT / "roles").rglob("*.yml")]
+    assert files
+    for file in files:
+        assert not re.search(r'\{\{ "\\n" \}\}', file.read_text(encoding="utf-8")), file

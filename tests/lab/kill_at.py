@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from clusterkit import operations
@@ -44,9 +45,14 @@ def main() -> int:
         seen += 1
         print(f"{event.role or '-'}: {event.task}", flush=True)
         if seen == limit:
-            for pid in family(os.getpid()):
-                os.kill(pid, signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
+            victims = [os.getpid(), *family(os.getpid())]
+            # From a process beside them: this one first, or it could still see the others die and end by itself.
+            if os.fork() == 0:
+                for pid in victims:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            signal.pause()
 
     try:
         operations.deploy(inventory, on_event=on_event)

@@ -79,23 +79,9 @@ def before(lab: Cluster) -> dict[str, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def deployed(lab: Cluster, before: dict[str, dict[str, str]]) -> Cluster:
-    done = playbook("site.yml", lab.inventory, "-e", _one_replica())
+    done = playbook("site.yml", lab.inventory)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     return lab
-
-
-def _one_replica() -> str:
-    """The lab's app on one worker."""
-    parameters = {
-        "model_id": "tiny-llama",
-        "model_source": {"make": "tiny-llama"},
-        "min_replicas": 1,
-        "max_replicas": 1,
-        "engine_kwargs": {"max_model_len": 1024, "max_num_seqs": 8},
-    }
-    return json.dumps(
-        {"clusterkit_apps": [{"name": "tiny", "template": "llm", "route_prefix": "/", "parameters": parameters}]}
-    )
 
 
 def test_from_bare_to_an_answer(deployed: Cluster) -> None:
@@ -105,10 +91,10 @@ def test_from_bare_to_an_answer(deployed: Cluster) -> None:
 
 
 def test_a_second_run_and_a_plan_find_nothing_to_do(deployed: Cluster) -> None:
-    again = playbook("site.yml", deployed.inventory, "-e", _one_replica())
+    again = playbook("site.yml", deployed.inventory)
     assert again.returncode == 0, again.stdout[-4000:]
     assert {host: count["changed"] for host, count in recap(again.stdout).items() if count["changed"]} == {}
-    plan = clusterkit("plan", "-i", str(deployed.inventory), "-e", _one_replica(), "--json")
+    plan = clusterkit("plan", "-i", str(deployed.inventory), "--json")
     assert plan.returncode == 0, plan.stderr
     assert json.loads(plan.stdout)["changes"] == []
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
-from tests.lab.conftest import Cluster, clusterkit
+from tests.lab.conftest import Cluster, clusterkit, playbook
 
 pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
 
@@ -76,6 +77,33 @@ def test_dockerd_restarts_with_live_restore_and_the_node_lives(cluster: Cluster)
     assert cluster.on(WORKER, "pgrep -c raylet || true") == "0"
     cluster.on(WORKER, "systemctl start docker")
     back(cluster)
+
+
+def test_with_consent_dockerd_is_restarted_on_one_host_after_the_other(cluster: Cluster) -> None:
+    change = {"container_engine_daemon": {"default-ulimits": None, "default-shm-size": "128M"}}
+    consent = ("-e", '{"clusterkit_allow_disruption": true}')
+    hosts = ("head", "worker1", "worker2")
+
+    def dockerd(host: str) -> str:
+        return cluster.on(host, "systemctl show docker -p InvocationID --value")
+
+    def away(host: str) -> tuple[int, int]:
+        """From the stop of the node to its next start, in seconds since 1970."""
+        shown = "systemctl show --timestamp=unix clusterkit-ray -p InactiveEnterTimestamp -p ActiveEnterTimestamp"
+        found = dict(line.split("=@") for line in cluster.on(host, shown).splitlines())
+        return int(found["InactiveEnterTimestamp"]), int(found["ActiveEnterTimestamp"])
+
+    before = {host: dockerd(host) for host in hosts}
+    try:
+        done = playbook("playbooks/hosts.yml", cluster.inventory, "-e", json.dumps(change), *consent)
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert all(dockerd(host) != before[host] for host in hosts)
+        assert {cluster.agent(host, "status")["state"] for host in hosts} == {"running"}
+        times = sorted(away(host) for host in hosts)
+        assert all(one[1] <= other[0] for one, other in pairwise(times)), times
+    finally:
+        assert playbook("site.yml", cluster.inventory, *consent).returncode == 0
+    assert cluster.deploy() == {}
 
 
 def test_dockerd_restarts_without_live_restore_and_everyone_knows_that_the_node_died(cluster: Cluster) -> None:

@@ -74,11 +74,11 @@ class Host:
     def sources(self, line: str) -> None:
         (self.root / "etc/apt/sources.list").write_text(line + "\n")
 
-    def sell(self, name: str, version: str = "1.0", postinst: str = "") -> Path:
+    def sell(self, name: str, version: str = "1.0", postinst: str = "", more: str = "") -> Path:
         """A package in the shop, and the shop's list anew."""
         folder = self.shop / "build" / name
         (folder / "DEBIAN").mkdir(parents=True, exist_ok=True)
-        fields = f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: x <x@localhost>\n"
+        fields = f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: x <x@localhost>\n{more}"
         (folder / "DEBIAN/control").write_text(fields + "Description: x\n")
         if postinst:
             (folder / "DEBIAN/postinst").write_text(f"#!/bin/sh\n{postinst}\n")
@@ -227,6 +227,8 @@ def test_a_lock_that_is_never_given_back_is_named(host: Host, lock: str) -> None
     assert failed["failed"]
     assert "another process has held the package manager for 1 s" in failed["msg"]
     assert "lock" in failed["msg"]
+    # By its command line: our stand-in's.
+    assert "fcntl.LOCK_EX" in failed["msg"]
     # And the same again, once it has been given back:
     assert run(host, "tool")["changed"]
 
@@ -248,6 +250,194 @@ def test_a_package_that_nobody_has_is_named(host: Host) -> None:
     assert failed["failed"]
     assert "Unable to locate package no-such-tool" in failed["msg"]
     assert "cannot be read" not in failed["msg"]
+
+
+# ------------------------------------------------------------------ pins and holds
+
+
+def held(host: Host) -> list[str]:
+    return subprocess.run(["apt-mark", "showhold"], check=True, capture_output=True, text=True).stdout.split()
+
+
+@needs_apt
+def test_a_pattern_takes_the_newest_version_that_fits(host: Host) -> None:
+    """AMD names the driver in the middle of its package's version."""
+    for version in ("1:6.16.13.30300300-9.22.04", "1:6.16.13.30300300-10.22.04", "1:6.16.13.30300400-11.22.04"):
+        host.sell("amdgpu-dkms", version)
+    assert run(host, "amdgpu-dkms=*.30300300-*")["versions"] == {"amdgpu-dkms": "1:6.16.13.30300300-10.22.04"}
+    assert not run(host, "amdgpu-dkms=*.30300300-*")["changed"]
+    refused = run(host, "amdgpu-dkms=*.30300900-*")
+    assert "Of amdgpu-dkms there is: 1:6.16.13.30300400-11.22.04, 1:6.16.13.30300300-10.22.04" in refused["msg"]
+
+
+@needs_apt
+def test_a_hold_keeps_a_package_and_gives_way_to_another_pin(host: Host) -> None:
+    host.sell("tool", "1.0")
+    host.sell("kernel")
+    host.sell("other")
+    host.dpkg("--install", str(host.shop / "kernel_1.0_all.deb"))
+    host.dpkg("--install", str(host.shop / "other_1.0_all.deb"))
+    given: Json = {"hold": ["tool", "kern*"]}
+    told = run(host, "tool=1.0", check=True, **given)["changes"]
+    assert [(item["what"], item["name"]) for item in told] == [
+        ("package", "tool"),
+        ("hold", "kernel"),
+        ("hold", "tool"),
+    ]
+    assert held(host) == []
+    run(host, "tool=1.0", **given)
+    assert held(host) == ["kernel", "tool"]
+    assert not run(host, "tool=1.0", **given)["changed"]
+    # One that was lifted by hand is put back.
+    subprocess.run(["apt-mark", "unhold", "kernel"], check=True, capture_output=True)
+    assert [item["name"] for item in run(host, "tool=1.0", **given)["changes"]] == ["kernel"]
+
+    host.sell("tool", "2.0")
+    done = run(host, "tool=2.0", **given)
+    assert (host.installed("tool"), held(host)) == ("2.0", ["kernel", "tool"])
+    assert [item["name"] for item in done["changes"]] == ["tool"]
+    # A failed installation leaves none behind.
+    assert run(host, "tool=2.5", **given)["failed"]
+    assert held(host) == ["kernel", "tool"]
+    # A hold of the site's stands against who holds nothing himself.
+    host.record.unlink()
+    host.sell("tool", "3.0")
+    failed = run(host, "tool=3.0")
+    assert "tool=3.0" in failed["msg"]
+    assert host.installed("tool") == "2.0"
+
+
+@needs_apt
+def test_a_held_package_makes_place_for_the_one_that_replaces_it(host: Host) -> None:
+    """As the pinning packages of two branches do."""
+    host.sell("pin-580", more="Provides: pin\nConflicts: pin\n")
+    host.sell("pin-590", more="Provides: pin\nConflicts: pin\n")
+    run(host, "pin-580", hold=["pin-*"])
+    run(host, "pin-590", hold=["pin-*"])
+    assert (host.installed("pin-580"), host.installed("pin-590"), held(host)) == ("", "1.0", ["pin-590"])
+
+
+@needs_apt
+def test_removal_lifts_our_holds_and_no_others(host: Host) -> None:
+    for name in ("ours", "theirs"):
+        host.sell(name)
+    host.dpkg("--install", str(host.shop / "theirs_1.0_all.deb"))
+    subprocess.run(["apt-mark", "hold", "theirs"], check=True, capture_output=True)
+    run(host, "ours", hold=["*s"])
+    assert held(host) == ["ours", "theirs"]
+    record = str(host.record)
+    told = call(packages, state="absent", record=record, check=True)
+    assert [item["name"] for item in told["changes"]] == ["ours"]
+    assert call(packages, state="absent", record=record)["recorded"] == ["ours"]
+    assert (held(host), host.installed("ours")) == (["theirs"], "1.0")
+    assert not call(packages, state="absent", record=record)["changed"]
+
+
+@needs_apt
+def test_removal_takes_packages_where_they_are_named(host: Host) -> None:
+    for name in ("tool", "theirs"):
+        host.sell(name)
+    host.dpkg("--install", str(host.shop / "theirs_1.0_all.deb"))
+    run(host, "tool", "theirs", hold=["tool"])
+    assert call(packages, state="absent", packages=["*"], record=str(host.record))["recorded"] == []
+    assert (host.installed("tool"), host.installed("theirs")) == ("", "1.0")
+
+
+@needs_apt
+def test_what_goes_first_and_what_has_to_be_alike(host: Host) -> None:
+    for version in ("1.0-1", "2.0-1"):
+        host.sell("driver", version)
+    for version in ("1.0-5", "2.0-7"):
+        host.sell("manager", version)
+    host.sell("pinning", postinst=f"[ ! -e {host.root}/usr/share/driver ]")
+    given: Json = {"first": ["pinning"], "alike": {"manager": "driver"}}
+    run(host, "driver=1.*", **given)
+    assert [host.installed(name) for name in ("pinning", "driver", "manager")] == ["1.0", "1.0-1", "1.0-5"]
+    assert not run(host, "driver=1.*", **given)["changed"]
+    run(host, "driver=2.*", **given)
+    assert host.installed("manager") == "2.0-7"
+
+
+@needs_apt
+def test_optional_packages_come_along_where_there_are_any(host: Host) -> None:
+    for name in ("tool", "extra", "more"):
+        host.sell(name)
+    run(host, "tool", optional=["extra", "no-such-extra"])
+    assert host.installed("extra") == "1.0"
+    # Alone, they are no reason to ask the package manager.
+    host.sources("deb [trusted=yes] file:/nonexistent ./")
+    assert not run(host, "tool", optional=["more"])["changed"]
+
+
+@needs_apt
+def test_a_guarded_package_waits_for_what_runs(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program stands for systemctl: `active` decides whether the unit runs."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/systemctl").write_text(f"#!/bin/sh\n[ -e {tmp_path}/active ]\n")
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    for name in ("nvidia-driver", "tool"):
+        host.sell(name)
+    (tmp_path / "active").touch()
+    given: Json = {"guard": ["*nvidia*"], "busy_unit": "ray.service"}
+    left = run(host, "nvidia-driver", "tool", **given)
+    assert left["waiting"] == ["nvidia-driver"]
+    told = {item["name"]: (item.get("left"), item.get("disrupts")) for item in left["changes"]}
+    assert told == {"tool": (None, None), "nvidia-driver": (True, ["node"])}
+    assert (host.installed("tool"), host.installed("nvidia-driver")) == ("1.0", "")
+    assert not run(host, "nvidia-driver", "tool", **given)["changed"], "what is left is no change"
+    agreed = run(host, "nvidia-driver", check=True, consent=True, **given)
+    assert [(item.get("left"), item["disrupts"]) for item in agreed["changes"]] == [(None, ["node"])]
+
+    (tmp_path / "active").unlink()
+    assert run(host, "nvidia-driver", "tool", **given)["waiting"] == []
+    assert host.installed("nvidia-driver") == "1.0"
+
+
+@needs_apt
+def test_space_is_asked_for_before_anything_is_installed(host: Host) -> None:
+    host.sell("tool")
+    refused = run(host, "tool", free_mib={str(host.root / "boot"): 1 << 40})
+    assert f"are free in {host.root}/boot, and {1 << 40} are needed" in refused["msg"]
+    assert not host.record.exists()
+    run(host, "tool")
+    assert not run(host, "tool", free_mib={"/boot": 1 << 40})["changed"], "nothing is to be installed"
+
+
+@needs_apt
+def test_headers_that_nobody_has_name_the_newest_kernel(host: Host) -> None:
+    for kernel in ("6.1.0-9-amd64", "6.1.0-27-amd64", "6.1.0-30-cloud-amd64", "6.1.0-31-rt-amd64"):
+        host.sell(f"linux-headers-{kernel}")
+    failed = run(host, "linux-headers-6.1.0-13-amd64")
+    assert "No headers for the running kernel 6.1.0-13-amd64 are in the sources" in failed["msg"]
+    assert "The newest kernel of its kind there is 6.1.0-27-amd64: install it" in failed["msg"]
+    lone = run(host, "linux-headers-5.4.0-1-odd")
+    assert "nor for another of its kind" in lone["msg"]
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        # Recorded from apt 2.6.1 (Debian 12).
+        ("E: The repository 'http://x/30.30.9 jammy Release' does not have a Release file.", "nothing at that address"),
+        (
+            "W: GPG error: http://x jammy InRelease: The following signatures couldn't be verified",
+            "does not fit the key",
+        ),
+        ("E: You don't have enough free space in /var/cache/apt/archives/.", "disk is full"),
+        # Constructed from systemd's and dkms's sources.
+        (
+            "Failed to start nvidia-persistenced.service: Unit nvidia-persistenced.service is masked.",
+            "systemctl unmask",
+        ),
+        ("Error! Bad return status for module build on kernel: 6.17.0 (x86_64)", "does not build against this kernel"),
+        ("E: Unable to locate package x", ""),
+    ],
+)
+def test_advice(said: str, advice: str) -> None:
+    told = packages.advice(said)
+    assert advice in told
+    assert bool(told) == bool(advice)
 
 
 # ------------------------------------------------------------------ dnf, where this machine has none
@@ -287,6 +477,38 @@ def test_a_mirror_that_dnf_cannot_reach_is_named(dnf: Path) -> None:
     failed = call(packages, packages=["numactl-libs"])
     assert "the package lists of this host cannot be read" in failed["msg"]
     assert "baseos" in failed["msg"]
+
+
+def test_dnf_holds_by_versionlock_and_leaves_the_sites_lines(dnf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = dnf / "versionlock.list"
+    lock.write_text("mine-0:1.0-1.*\n")
+    monkeypatch.setattr(packages, "VERSIONLOCK", str(lock))
+    (dnf / "database").write_text("kernel-core\t5.14.0-1.el9\t0\nkernel-core\t5.14.0-2.el9\t0\nbash\t5.1-1.el9\t0\n")
+    given: Json = {"packages": ["numactl-libs"], "hold": ["kernel-*", "numactl*"], "record": str(dnf / "record")}
+    assert call(packages, **given)["changed"]
+    assert lock.read_text() == (
+        "mine-0:1.0-1.*\n# Begin: held by clusterkit\nkernel-core-0:5.14.0-1.el9.*\nkernel-core-0:5.14.0-2.el9.*\n"
+        "numactl-libs-0:2.0-1.el9.*\n# End: held by clusterkit\n"
+    )
+    assert not call(packages, **given)["changed"]
+    # A version of its own accord: locked anew.
+    (dnf / "database").write_text("kernel-core\t5.14.0-3.el9\t0\nnumactl-libs\t2.0-1.el9\t0\n")
+    assert [item["name"] for item in call(packages, **given)["changes"]] == ["kernel-core"]
+    call(packages, state="absent", record=str(dnf / "record"))
+    assert lock.read_text() == "mine-0:1.0-1.*\n"
+
+
+def test_dnf_names_the_newest_kernel_with_headers(dnf: Path) -> None:
+    """Constructed: dnf 4's words from its sources (cli/commands/install.py)."""
+    error = (
+        "No match for argument: kernel-devel-5.14.0-1.el9\nError: Unable to find a match: kernel-devel-5.14.0-1.el9\n"
+    )
+    (dnf / "error").write_text(error)
+    query = "#!/bin/sh\nfor word; do [ $word = repoquery ] && echo 5.14.0-570.el9.x86_64 && exit; done\n"
+    (dnf / "bin/dnf").write_text(query + f"cat {dnf}/error >&2; exit 1\n")
+    failed = call(packages, packages=["kernel-devel=5.14.0-1.el9"])
+    assert "No headers for the running kernel 5.14.0-1.el9 are" in failed["msg"]
+    assert "The newest kernel of its kind there is 5.14.0-570.el9.x86_64" in failed["msg"]
 
 
 def test_no_package_manager_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

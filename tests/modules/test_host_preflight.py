@@ -206,3 +206,87 @@ def test_all_that_is_wrong_comes_at_once(tmp_path: Path, taken: int, check: bool
     assert subjects == ["distribution", "python", "library", "memory", "disk", f"port {taken}"]
     for item in result["findings"]:
         assert f"{item['subject']}: {item['problem']}. Fix: {item['fix']}" in result["msg"]
+
+
+# ------------------------------------------------------------------ GPUs, before there is a driver
+
+
+def pci(root: Path, *devices: tuple[str, str, str], command_line: str = "") -> str:
+    """A tree like /sys and /proc with these devices: (address, vendor, class)."""
+    for address, vendor, kind in devices:
+        folder = root / "sys/bus/pci/devices" / address
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(vendor + "\n")
+        (folder / "class").write_text(kind + "\n")
+    (root / "proc").mkdir(exist_ok=True)
+    (root / "proc/cmdline").write_text(command_line)
+    return str(root)
+
+
+MI300X = ("0x1002", "0x120000")
+H100 = ("0x10de", "0x030200")
+
+
+def test_as_many_gpus_as_declared(tmp_path: Path) -> None:
+    root = pci(
+        tmp_path,
+        *((f"0000:{bus:02x}:00.0", *MI300X) for bus in range(8)),
+        # A bridge of the same vendor, the board's graphics, and the processor's.
+        ("0000:60:00.0", "0x1002", "0x060400"),
+        ("0000:61:00.0", "0x1a03", "0x030000"),
+        ("0000:62:00.0", "0x1002", "0x030000"),
+    )
+    assert preflight.check_gpus("amd", 8, root) == []
+    assert preflight.check_gpus("", 0, root) == []
+    (found,) = preflight.check_gpus("nvidia", 8, root)
+    assert found["problem"] == "0 of 8 NVIDIA GPUs are on the PCI bus"
+
+
+def test_a_gpu_that_is_gone_from_the_bus(tmp_path: Path) -> None:
+    root = pci(tmp_path, *((f"0000:{bus:02x}:00.0", *MI300X) for bus in range(7)))
+    (found,) = preflight.check_gpus("amd", 8, root)
+    assert found["problem"].startswith("7 of 8 AMD GPUs are on the PCI bus: 0000:00:00.0, ")
+    assert found["fix"].startswith("boot with pci=realloc=off")
+    (tmp_path / "proc/cmdline").write_text("ro pci=realloc=off quiet")
+    (found,) = preflight.check_gpus("amd", 8, root)
+    assert "realloc" not in found["fix"]
+
+
+def test_more_gpus_than_declared_are_a_finding_too(tmp_path: Path) -> None:
+    root = pci(tmp_path, *((f"0000:{bus:02x}:00.0", *H100) for bus in range(8)))
+    assert preflight.check_gpus("nvidia", 8, root) == []
+    (found,) = preflight.check_gpus("nvidia", 4, root)
+    assert "8 of 4 NVIDIA" in found["problem"]
+
+
+@pytest.mark.parametrize(("enrolled", "findings"), [(True, 0), (False, 1)])
+def test_secure_boot_without_an_enrolled_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enrolled: bool, findings: int
+) -> None:
+    variables = tmp_path / "sys/firmware/efi/efivars"
+    variables.mkdir(parents=True)
+    (tmp_path / "var/lib/dkms").mkdir(parents=True)
+    (tmp_path / "var/lib/dkms/mok.pub").write_bytes(b"")
+    said = "is already enrolled" if enrolled else "is not enrolled"
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin/mokutil", f'echo "$2 {said}"')
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    switch = variables / "SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+    switch.write_bytes(b"\x06\0\0\0\x01")
+    found = preflight.check_secure_boot("amd", str(tmp_path))
+    assert len(found) == findings
+    assert all("mokutil --import" in item["fix"] for item in found)
+    assert preflight.check_secure_boot("", str(tmp_path)) == [], "a host without GPUs loads no driver"
+    switch.write_bytes(b"\x06\0\0\0\x00")
+    assert preflight.check_secure_boot("amd", str(tmp_path)) == []
+
+
+def test_too_little_room_for_the_initramfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "boot").mkdir()
+    monkeypatch.setattr(preflight, "BOOT_MIB", 10**12)
+    (found,) = preflight.check_boot_space("nvidia", str(tmp_path))
+    assert "in /boot" in found["problem"]
+    (tmp_path / "sys/module/nvidia").mkdir(parents=True)
+    assert preflight.check_boot_space("nvidia", str(tmp_path)) == [], "the driver is there already"
+    monkeypatch.setattr(preflight, "BOOT_MIB", 0)
+    assert preflight.check_boot_space("amd", str(tmp_path)) == []

@@ -91,9 +91,10 @@ class Host:
                 (programs / name).chmod(0o755)
             self.env["PATH"] = f"{programs}:{self.env['PATH']}"
 
-    def call(self, *words: str) -> tuple[int, dict[str, Any]]:
+    def call(self, *words: str, given: str = "") -> tuple[int, dict[str, Any]]:
         done = subprocess.run(
             [PYTHON, str(AGENT), "--config", str(self.config), *words],
+            input=given,
             capture_output=True,
             text=True,
             env=self.env,
@@ -228,11 +229,122 @@ def test_the_owner_may_change_the_reason_and_nobody_else(host: Host) -> None:
     assert host.read_record()["maintenance"] == {"owner": "kim", "reason": "new fan and disk", "since": since}
 
 
-def test_a_release_ends_no_quarantine(host: Host) -> None:
-    host.write_record(quarantine={"reason": "ECC errors"}, maintenance={"owner": "kim", "reason": "new fan"})
+def test_a_release_ends_both_and_says_what_it_lifted(host: Host) -> None:
+    entries = {"quarantine": {"reason": "ECC errors"}, "maintenance": {"owner": "kim", "reason": "new fan"}}
+    host.write_record(**entries, tags={"rack": "b2"})
     assert host.call("status")[1]["held"] == "in quarantine: ECC errors; in maintenance: new fan (by kim)"
-    assert host.call("release")[1]["held"] == "in quarantine: ECC errors"
-    assert host.call("start")[1]["refused"] == "quarantine"
+    code, answer = host.call("release")
+    assert (code, answer["changed"], answer["held"], answer["released"]) == (0, True, None, entries)
+    record = host.read_record()
+    assert (record["quarantine"], record["maintenance"], record["tags"]) == (None, None, {"rack": "b2"})
+    lifted = record["quarantine_lifted"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lifted)
+    code, answer = host.call("release")
+    assert (answer["changed"], answer["released"]) == (False, {})
+    assert host.read_record()["quarantine_lifted"] == lifted
+    assert host.call("start")[0] == 0
+
+
+def test_a_release_of_one_leaves_the_other(host: Host) -> None:
+    entries = {"quarantine": {"reason": "ECC errors"}, "maintenance": {"owner": "kim", "reason": "new fan"}}
+    host.write_record(**entries)
+    _, answer = host.call("release", "maintenance")
+    assert (answer["released"], answer["held"]) == (
+        {"maintenance": entries["maintenance"]},
+        "in quarantine: ECC errors",
+    )
+    assert host.call("start")[0] == 3
+    assert host.call("release", "quarantine")[1]["held"] is None
+
+
+def test_the_end_of_a_maintenance_is_no_end_of_a_quarantine(host: Host) -> None:
+    host.call("hold", "--owner", "kim", "--reason", "new fan")
+    assert set(host.call("release")[1]["released"]) == {"maintenance"}
+    assert host.read_record()["quarantine_lifted"] is None
+
+
+def finding(**changes: Any) -> dict[str, Any]:
+    said = {"subject": "GPU 3 (0000:c5:00.0)", "problem": "2 errors", "fix": 'reset it; "$(reboot)" \N{SNOWMAN}'}
+    return {"check": "ecc_uncorrectable", "severity": "error", **said, **changes}
+
+
+def found(*findings: Any, **changes: Any) -> str:
+    return json.dumps({"owner": "gpu_health", "reason": "1 GPU error", "findings": list(findings), **changes})
+
+
+def test_a_quarantine_keeps_the_node_off_with_its_findings(host: Host) -> None:
+    host.call("start")
+    host.write_record(**{**host.read_record(), "later": "kept"})
+    code, answer = host.call("quarantine", given=found(finding()))
+    assert (code, answer["changed"]) == (0, True)
+    entry = answer["quarantine"]
+    assert (entry["owner"], entry["reason"], entry["findings"]) == ("gpu_health", "1 GPU error", [finding()])
+    assert answer["held"] == f"in quarantine: 1 GPU error (by gpu_health, since {entry['since']})"
+    assert host.read_record()["later"] == "kept"
+    status = host.call("status")[1]
+    assert status["quarantine"]["findings"] == [finding()]
+    assert status["state"] == "running", "drain and stop are words of their own"
+    host.call("stop")
+    code, answer = host.call("start")
+    assert (code, answer["refused"]) == (3, "quarantine")
+
+
+def test_the_same_fault_changes_nothing_and_another_keeps_since(host: Host) -> None:
+    host.write_record(quarantine={**json.loads(found(finding())), "since": "2026-01-01T00:00:00Z"})
+    code, answer = host.call("quarantine", given=found(finding(problem="3 errors", severity="warning")))
+    assert (code, answer["changed"]) == (0, False)
+    assert answer["quarantine"]["findings"] == [finding()], "a count that grows is no other fault"
+    for given in (
+        found(finding(), finding(subject="GPU 4 (0000:e5:00.0)")),
+        found(finding(check="links")),
+        found(finding(check="links"), reason="another"),
+        found(finding(check="links"), reason="another", owner="kim"),
+    ):
+        answer = host.call("quarantine", given=given)[1]
+        assert (answer["changed"], answer["quarantine"]["since"]) == (True, "2026-01-01T00:00:00Z")
+        assert host.call("quarantine", given=given)[1]["changed"] is False
+
+
+def test_a_quarantine_that_somebody_wrote_by_hand_is_taken_over(host: Host) -> None:
+    host.write_record(quarantine=True)
+    answer = host.call("quarantine", given=found(finding()))[1]
+    assert answer["quarantine"]["findings"] == [finding()]
+    assert answer["quarantine"]["since"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        json.dumps({"owner": "x", "reason": "y"}),
+        found(later="x"),
+        found(owner=""),
+        found(owner=None),
+        found(reason="x" * 201),
+        found(reason="a\nb"),
+        found(findings={}),
+        found(findings=[[]]),
+        found(*[finding()] * 201),
+        found(finding(check="Not A Slug")),
+        found(finding(check="../x")),
+        found(finding(severity="fatal")),
+        found(finding(severity=["error"])),
+        found(finding(subject=7)),
+        found(finding(problem="")),
+        found(finding(problem="\x1b[31mred")),
+        found(finding(fix="x" * 1001)),
+        found(finding(later="x")),
+        found(finding(problem="x" * 1000, fix="y" * 1000), *[finding(problem="z" * 900)] * 80),
+    ],
+)
+def test_findings_of_another_shape_are_refused(host: Host, given: str) -> None:
+    code, answer = host.call("quarantine", given=given)
+    assert (code, answer["failed"], answer["changed"]) == (2, True, False)
+    assert not host.record.exists()
 
 
 def test_a_host_whose_launcher_is_broken_can_be_held(host: Host) -> None:
@@ -309,6 +421,7 @@ def test_a_host_that_was_never_converged_refuses(host: Host) -> None:
         ["hold", "--owner", "kim", "--reason", "x" * 201],
         ["hold", "--owner", "k" * 201, "--reason", "x"],
         ["release", "now"],
+        ["quarantine", "now"],
     ],
 )
 def test_anything_else_is_refused(host: Host, words: list[str]) -> None:

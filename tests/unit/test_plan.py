@@ -344,14 +344,36 @@ def test_the_shape_is_as_it_is_promised() -> None:
     assert set(shape["changes"][0]) == keys
     keys = {"host", "what", "because", "replicas", "needs_consent", "consent", "would_happen"}
     assert set(shape["disruptions"][0]) == keys
-    assert shape["hosts"]["w1"] == {"state": "planned", "changes": 1, "node": "running"}
+    assert shape["hosts"]["w1"] == {"state": "planned", "changes": 1, "node": "running", "driver": None, "gpus": ()}
     assert json.loads(json.dumps(shape)) == json.loads(json.dumps(shape))
     assert all(f"    {key}" in str(planning.__doc__) for key in shape)
 
 
+def test_a_gpu_host_shows_kernel_driver_and_firmware_as_they_are() -> None:
+    driver = {"state": "reboot", "summary": "loaded is 6.14, wanted 6.16", "running_kernel": "6.1.0-1", "other": 1}
+    gpu = {"index": 0, "model": "MI300X", "firmware": {"vbios": "022.040"}}
+    seen = [
+        event(driver, kind="ok", role="rocm_host", task=planning.DRIVER_TASK),
+        event({"stdout": json.dumps({"gpus": [gpu]})}, kind="ok", role="gpu_health", task=planning.GPUS_TASK),
+        event({"stdout": "garbage"}, host="w2", kind="ok", role="gpu_health", task=planning.GPUS_TASK),
+    ]
+    hosts = planning.plan([spec(), *seen]).hosts
+    assert hosts["w1"].driver == {key: driver[key] for key in ("state", "summary", "running_kernel")}
+    assert hosts["w1"].gpus == (gpu,)
+    assert (hosts["w2"].driver, hosts["w2"].gpus) == (None, ())
+
+
+@pytest.mark.parametrize(("state", "needed"), [("running", True), ("stopped", False)])
+def test_a_reboot_needs_consent_where_a_node_runs(state: str, needed: bool) -> None:
+    change = {"what": "driver", "name": "amdgpu", "wanted": "6.16", "actual": "6.14", "disrupts": ["host"]}
+    (told,) = planning.plan([spec(), event({"changes": [change]}), node(state)]).disruptions
+    assert (told.what, told.needs_consent, told.would_happen) == ("host", needed, not needed)
+
+
 def test_the_tasks_that_it_knows_by_name_are_there() -> None:
     text = "".join(path.read_text() for path in [*ROOT.glob("playbooks/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")])
-    for name in (planning.SPEC_TASK, planning.NODE_TASK, planning.SERVE_TASK):
+    names = (planning.SPEC_TASK, planning.NODE_TASK, planning.SERVE_TASK, planning.DRIVER_TASK, planning.GPUS_TASK)
+    for name in names:
         assert re.findall(rf"- name: {name}$", text, re.M), name
     last = yaml.safe_load((ROOT / "site.yml").read_text())[-1]["ansible.builtin.import_playbook"]
     assert yaml.safe_load((ROOT / last).read_text())[-1]["name"] == planning.LAST_PLAY

@@ -318,6 +318,17 @@ def test_apps_together_need_too_much() -> None:
     }
 
 
+def test_replicas_and_their_ingress_need_cpus_too() -> None:
+    """Found on a lab of one worker: the app waited for its ingress until the run gave up."""
+    cluster = {"clusterkit_stack": "cpu", "clusterkit_apps": [app(min_replicas=2, max_replicas=2)]}
+    pool = {"clusterkit_accelerator": "cpu", "clusterkit_cpus": 2}
+    assert findings_of(cluster, pools={"cpus": pool}, workers={"w1": "cpus"}) == {
+        "clusterkit_apps": "together the apps of cpus need 2.2 CPUs at min_replicas, ingress included, and it offers 2"
+    }
+    spec_of(cluster, pools={"cpus": pool}, workers={"w1": "cpus", "w2": "cpus"})
+    spec_of(cluster, pools={"cpus": {"clusterkit_accelerator": "cpu"}}, workers={"w1": "cpus"})
+
+
 def test_a_pool_that_may_not_be_whole_counts_as_much_as_it_may() -> None:
     pools = {"gpus": {**GPUS, "clusterkit_pool": {"max": 1}}}
     found = findings_of({"clusterkit_apps": [app(max_replicas=9)]}, pools=pools)
