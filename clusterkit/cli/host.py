@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from clusterkit import inventory_file, operations, workspace
 from clusterkit.cli import output
-from clusterkit.cli.options import AskBecome, AskVault, ExtraVars, Inventory, Json, VaultId, options
+from clusterkit.cli.options import RUNS, Given, Inventory, Json, takes
 from clusterkit.errors import RunFailed, UsageError
 from clusterkit.operations import HostChange
 from clusterkit.runner import Event, Result
@@ -25,7 +25,9 @@ Host = Annotated[str, typer.Argument(metavar="NAME", help="The host, by its name
 
 
 @app.command()
+@takes(*RUNS)
 def add(
+    given: Given,
     host: Host,
     pool: Annotated[
         str | None, typer.Option("--pool", help="A child group of ray_workers; needed when there are several.")
@@ -36,10 +38,6 @@ def add(
     ] = None,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """Put a host into the inventory and converge it; end its maintenance, if it is there already.
 
@@ -49,55 +47,52 @@ def add(
     variables = dict(inventory_file.variable(text) for text in var or ())
     if address is not None:
         variables = {"ansible_host": inventory_file.address(address), **variables}
-    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
     with _running(as_json) as show:
-        change = operations.add_host(where, host, pool=pool, variables=variables, options=chosen, on_event=show)
+        change = operations.add_host(
+            where, host, pool=pool, variables=variables, options=given.options(), on_event=show
+        )
     _tell(change, as_json, f"{host} is in the cluster" + ("" if change.changed else ", as it was"))
 
 
 @app.command()
+@takes(*RUNS)
 def drain(
+    given: Given,
     host: Host,
     reason: Annotated[str, typer.Option("--reason", help="Why, for whoever looks next; at most 200 characters.")],
     force: Annotated[bool, typer.Option("--force", help="Cut off work that cannot move.")] = False,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """Take a worker out of service: its replicas move away, its node stops and stays off.
 
     Nothing starts it again, no deploy and no autoscaler, until `host add NAME` ends the maintenance.
     """
     where = workspace.inventory(inventory)
-    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
     with _running(as_json) as show:
-        change = operations.drain_host(where, host, reason=reason, force=force, options=chosen, on_event=show)
+        change = operations.drain_host(where, host, reason=reason, force=force, options=given.options(), on_event=show)
     _tell(change, as_json, f"{host} is off, {change.held}. To put it back: clusterkit host add {host}")
 
 
 @app.command()
+@takes(*RUNS)
 def release(
+    given: Given,
     host: Host,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """End a host's quarantine or maintenance. Starts nothing: the next deploy, or `host add NAME`, does."""
     where = workspace.inventory(inventory)
-    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
     with _running(as_json) as show:
-        change = operations.release_host(where, host, options=chosen, on_event=show)
+        change = operations.release_host(where, host, options=given.options(), on_event=show)
     _tell(change, as_json, f"{host} is released" if change.changed else f"{host} was not held")
 
 
 @app.command()
+@takes(*RUNS)
 def remove(
+    given: Given,
     host: Host,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     force: Annotated[
@@ -105,18 +100,13 @@ def remove(
     ] = False,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """Take a worker out for good: drained, cleaned, and gone from the inventory."""
     where = workspace.inventory(inventory)
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take {host} out of {where}?", err=True)):
         raise UsageError("nothing was removed", hint="say --yes to remove without being asked")
-    chosen = options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
     with _running(as_json) as show:
-        change = operations.remove_host(where, host, force=force, options=chosen, on_event=show)
+        change = operations.remove_host(where, host, force=force, options=given.options(), on_event=show)
     _tell(change, as_json, f"{host} is out" if change.changed else f"{host} is not in {where}: nothing to do")
     for line in change.left:
         output.err.print(f"[yellow]left on {escape(host)}:[/] {escape(line)}")

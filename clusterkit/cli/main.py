@@ -15,19 +15,7 @@ from rich.table import Table
 from clusterkit import operations, workspace
 from clusterkit.cli import host as host_verbs
 from clusterkit.cli import init, lab, output, plan
-from clusterkit.cli.options import (
-    AskBecome,
-    AskVault,
-    ExtraVars,
-    Forks,
-    Inventory,
-    Json,
-    Limit,
-    Tags,
-    VaultId,
-    Verbose,
-)
-from clusterkit.cli.options import options as _options
+from clusterkit.cli.options import READS, RUNS, Given, Inventory, Json, takes
 from clusterkit.errors import ClusterkitError, RunFailed, SpecError, UsageError
 from clusterkit.render.variables import variables
 from clusterkit.spec.stacks import table as stack_table
@@ -49,17 +37,15 @@ app.command()(init.init)
 
 
 @app.command()
+@takes(*READS)
 def validate(
+    given: Given,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """Check the inventory: every mistake at once, with its place and its fix. Touches no host."""
-    options = _options(extra_vars=extra_vars, ask_vault=ask_vault, vault_id=vault_id)
     try:
-        cluster = operations.validate(workspace.inventory(inventory), options)
+        cluster = operations.validate(workspace.inventory(inventory), given.options())
     except SpecError as error:
         if as_json:
             output.data({"valid": False, "findings": [finding.as_dict() for finding in error.findings]})
@@ -76,38 +62,20 @@ def validate(
 
 
 @app.command(context_settings=PASS_ON)
+@takes("limit", "tags", "forks", "verbosity", *RUNS)
 def deploy(
+    given: Given,
     context: typer.Context,
     inventory: Inventory = None,
     as_json: Json = False,
-    limit: Limit = None,
-    tags: Tags = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing.")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Show what changes in files.")] = False,
-    forks: Forks = None,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
-    verbose: Verbose = 0,
 ) -> None:
     """Bring the hosts to what the inventory says. The same command again converges.
 
     What stands after `--` goes to ansible-playbook.
     """
-    options = _options(
-        extra_vars=extra_vars,
-        ask_become=ask_become,
-        ask_vault=ask_vault,
-        vault_id=vault_id,
-        limit=limit,
-        tags=tags,
-        check=check,
-        diff=diff,
-        forks=forks,
-        verbosity=verbose,
-        rest=tuple(context.args),
-    )
+    options = given.options(check=check, diff=diff, rest=tuple(context.args))
     try:
         with output.Progress(quiet=as_json) as show:
             done = operations.deploy(workspace.inventory(inventory), options, on_event=show)
@@ -142,18 +110,15 @@ app.command()(plan.plan)
 
 
 @app.command()
+@takes(*RUNS)
 def status(
+    given: Given,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """What runs: nodes, apps with state and replicas, and every host's agent."""
-    options = _options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
     with output.Progress(quiet=True) as show:
-        seen = operations.status(workspace.inventory(inventory), options, on_event=show)
+        seen = operations.status(workspace.inventory(inventory), given.options(), on_event=show)
     if as_json:
         output.data(seen.as_dict())
         return
@@ -179,18 +144,15 @@ def status(
 
 
 @app.command()
+@takes(*RUNS)
 def verify(
+    given: Given,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """Ask every replica for real tokens, streaming and not. Exit 1 where a check failed."""
-    options = _options(extra_vars=extra_vars, ask_become=ask_become, ask_vault=ask_vault, vault_id=vault_id)
     with output.Progress(quiet=True) as show:
-        found = operations.verify(workspace.inventory(inventory), options, on_event=show)
+        found = operations.verify(workspace.inventory(inventory), given.options(), on_event=show)
     if as_json:
         output.data({"ok": all(check.ok for check in found), "checks": [asdict(check) for check in found]})
     else:
@@ -200,32 +162,21 @@ def verify(
 
 
 @app.command(context_settings=PASS_ON)
+@takes("limit", *RUNS)
 def remove(
+    given: Given,
     context: typer.Context,
     inventory: Inventory = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     with_data: Annotated[bool, typer.Option("--data", help="The whole folder of the weights, too.")] = False,
-    limit: Limit = None,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """Take away what the kit made, stray Ray processes included. Packages and the site's data stay."""
     where = workspace.inventory(inventory)
-    what = f"{limit or 'the cluster'} of {where}{', every weight included,' if with_data else ''}"
+    what = f"{given.limit or 'the cluster'} of {where}{', every weight included,' if with_data else ''}"
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take {what} away?", err=True)):
         raise UsageError("nothing was removed", hint="say --yes to remove without being asked")
-    options = _options(
-        extra_vars=extra_vars,
-        ask_become=ask_become,
-        ask_vault=ask_vault,
-        vault_id=vault_id,
-        limit=limit,
-        rest=tuple(context.args),
-    )
     with output.Progress() as show:
-        result = operations.remove(where, options, data=with_data, on_event=show)
+        result = operations.remove(where, given.options(rest=tuple(context.args)), data=with_data, on_event=show)
     for host, line in operations.stays(result):
         output.err.print(f"{host}: {escape(line)}")
     output.summary(result)
@@ -246,16 +197,14 @@ def stacks(as_json: Json = False) -> None:
 
 
 @render.command("serve")
+@takes(*READS)
 def render_serve(
+    given: Given,
     inventory: Inventory = None,
     as_json: Json = False,
-    extra_vars: ExtraVars = None,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """The whole Serve config, as `deploy` would apply it."""
-    options = _options(extra_vars=extra_vars, ask_vault=ask_vault, vault_id=vault_id)
-    config = operations.serve_config(workspace.inventory(inventory), options)
+    config = operations.serve_config(workspace.inventory(inventory), given.options())
     if as_json:
         output.data(config)
     else:

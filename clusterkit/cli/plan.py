@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from clusterkit import operations, workspace
 from clusterkit.cli import output
-from clusterkit.cli.options import AskBecome, AskVault, ExtraVars, Forks, Inventory, Json, Limit, Tags, VaultId, options
+from clusterkit.cli.options import RUNS, Given, Inventory, Json, takes
 from clusterkit.plan import Change, Disruption, HostPlan, Plan
 
 # What a screen takes of one file; --json has all of it.
@@ -26,32 +26,18 @@ STOPS = {
 }
 
 
+@takes("limit", "tags", "forks", *RUNS)
 def plan(
+    given: Given,
     inventory: Inventory = None,
     as_json: Json = False,
-    limit: Limit = None,
-    tags: Tags = None,
-    forks: Forks = None,
-    extra_vars: ExtraVars = None,
-    ask_become: AskBecome = False,
-    ask_vault: AskVault = False,
-    vault_id: VaultId = None,
 ) -> None:
     """What `deploy` would change, wanted against actual, and what it would stop. Touches nothing.
 
     Exit code 1 where a host failed or could not be reached; the plan of the others is shown all the same.
     """
-    given = options(
-        extra_vars=extra_vars,
-        ask_become=ask_become,
-        ask_vault=ask_vault,
-        vault_id=vault_id,
-        limit=limit,
-        tags=tags,
-        forks=forks,
-    )
     with output.Progress(quiet=True) as show:
-        found = operations.plan(workspace.inventory(inventory), given, on_event=show)
+        found = operations.plan(workspace.inventory(inventory), given.options(), on_event=show)
     if as_json:
         output.data(found.as_dict())
     else:
