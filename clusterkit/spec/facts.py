@@ -142,6 +142,9 @@ class ClusterFacts(Facts):
     stack: str = Field(description="a row of the version table: `clusterkit stacks`")
     ray_version: str | None = Field(None, description="overrides the stack's")
     vllm_version: str | None = Field(None, description="overrides the stack's")
+    driver_version: str | None = Field(
+        None, description="of the kernel driver, such as 30.30.3 (never ROCm's own number); overrides the stack's"
+    )
     runtime: Literal["venv", "container"] = Field(
         "venv", description="what Ray runs in; `container` needs root and Docker on the hosts"
     )

@@ -249,6 +249,14 @@ class _Loader:
             if value is not None and isinstance(value.value, str):
                 changes[field] = value.value
                 place = value.place()
+        driver = values.get("driver_version")
+        if driver is not None and isinstance(driver.value, str):
+            if row.driver is None:
+                fix = "take it out, or choose a row of the version table that is made for GPUs"
+                problem_there = f"the row {row.name!r} has no driver"
+                self.findings.append(Finding(driver.place(), "clusterkit_driver_version", problem_there, fix))
+            else:
+                changes["driver"] = row.driver.model_copy(update={"version": driver.value})
         stack = row.model_copy(update=changes)
         problem = table().pair_problem(stack.ray, stack.vllm)
         if problem is not None:

@@ -7,14 +7,36 @@ for a driver brings a module that modinfo can read and no kernel can load.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import struct
 import subprocess
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
+
+# update-grub, and the beginning of what grub-mkconfig is: kernel_parameters looks for the folder of the drop-ins in it.
+GRUB = """#!/bin/sh
+set -a; GRUB_CMDLINE_LINUX= GRUB_CMDLINE_LINUX_DEFAULT=quiet
+for file in /etc/default/grub /etc/default/grub.d/*.cfg; do [ -e "$file" ] && . "$file"; done
+echo "menuentry 'Debian' {
+  linux /boot/vmlinuz-$(uname -r) root=/dev/vda1 ro $GRUB_CMDLINE_LINUX $GRUB_CMDLINE_LINUX_DEFAULT
+}" >/boot/grub/grub.cfg
+"""
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """A tar of root's files by their path, for a container; what lies in a folder named bin or sbin is executable."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path, data in files.items():
+            member = tarfile.TarInfo(path.lstrip("/"))
+            member.size, member.mode = len(data), 0o755 if Path(path).parent.name in ("bin", "sbin") else 0o644
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 def kernel_module(**info: str) -> bytes:
@@ -153,8 +175,8 @@ class Shop:
             Depends=depends,
         )
 
-    def distribution(self, kernels: list[str]) -> None:
-        """What Debian's own repository has to give."""
+    def distribution(self, kernels: list[str], names: tuple[str, ...] = ()) -> None:
+        """What Debian's own repository has to give; of `names` there are packages with nothing in them."""
         dkms = '#!/bin/sh\n[ "$1" = status ] || exit 0\ncat /var/lib/dkms/"$3".status 2>/dev/null\nexit 0\n'
         packages = [
             self.package("dkms", "3.0.10-8+deb12u1", {"/usr/sbin/dkms": dkms}),
@@ -167,9 +189,20 @@ class Shop:
         for kernel in kernels:
             files = {f"/lib/modules/{kernel}/build/Makefile": ""}
             packages.append(self.package(f"linux-headers-{kernel}", "6.1.1-1", files))
+        packages += [self.package(name, "1-1") for name in names]
         self.publish("debian", packages, key="", origin="Debian")
 
-    def amd(self, driver: str, build: str, rocm: str, tools: str, *, key: str = "amd", suite: str = "jammy") -> None:
+    def amd(
+        self,
+        driver: str,
+        build: str,
+        rocm: str,
+        tools: str,
+        *,
+        key: str = "amd",
+        suite: str = "jammy",
+        smi: str = "#!/bin/sh\necho AMDSMI Tool: 26.2.2\n",
+    ) -> None:
         """amdgpu/<driver> and rocm/apt/<rocm>; `build` is the version of AMD's package, as 6.16.13.30300300-2327507."""
         upstream, number = build.split("-")
         plain = ".".join(upstream.split(".")[:3])
@@ -180,8 +213,8 @@ class Shop:
         )
         origin = "repo.radeon.com"
         self.publish(f"amd/amdgpu/{driver}/ubuntu", [firmware, module], key=key, suite=suite, origin=origin)
-        smi = self.package("amd-smi-lib", tools, {"/opt/rocm/bin/amd-smi": "#!/bin/sh\necho AMDSMI Tool: 26.2.2\n"})
-        self.publish(f"amd/rocm/apt/{rocm}", [smi], key=key, suite=suite, origin=origin)
+        tool = self.package("amd-smi-lib", tools, {"/opt/rocm/bin/amd-smi": smi})
+        self.publish(f"amd/rocm/apt/{rocm}", [tool], key=key, suite=suite, origin=origin)
         (self.root / "amd/rocm/rocm.gpg.key").write_bytes(self.key(key))
 
     def nvidia(self, versions: list[str], toolkits: list[str]) -> None:

@@ -7,14 +7,12 @@ through one host's life in their order, from bare Debian to removal.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ import pytest
 import yaml
 
 from clusterkit import lab
-from tests.roles.gpu_repository import Shop
+from tests.roles.gpu_repository import GRUB, Shop, archive
 
 pytestmark = [
     pytest.mark.docker,
@@ -68,13 +66,6 @@ CUDA: Json = {
     "cuda_host_config_path": "/etc/clusterkit",
     "cuda_host_state_path": "/var/lib/clusterkit",
 }
-GRUB = """#!/bin/sh
-set -a; GRUB_CMDLINE_LINUX= GRUB_CMDLINE_LINUX_DEFAULT=quiet
-for file in /etc/default/grub /etc/default/grub.d/*.cfg; do [ -e "$file" ] && . "$file"; done
-echo "menuentry 'Debian' {
-  linux /boot/vmlinuz-$(uname -r) root=/dev/vda1 ro $GRUB_CMDLINE_LINUX $GRUB_CMDLINE_LINUX_DEFAULT
-}" >/boot/grub/grub.cfg
-"""
 PREPARE = """
 set -e
 rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/* /var/lib/apt/lists/*
@@ -141,13 +132,7 @@ class Host:
         self.put({path: text.encode()})
 
     def put(self, files: dict[str, bytes]) -> None:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as archive:
-            for path, data in files.items():
-                member = tarfile.TarInfo(path.lstrip("/"))
-                member.size, member.mode = len(data), 0o644
-                archive.addfile(member, io.BytesIO(data))
-        self.container.put_archive("/", buffer.getvalue())
+        self.container.put_archive("/", archive(files))
 
     def stock(self) -> None:
         """The shop as it is now, in the container."""

@@ -318,6 +318,13 @@ def test_apps_together_need_too_much() -> None:
     }
 
 
+def test_another_driver_is_pinned_for_everybody_who_reads_the_stack() -> None:
+    assert spec_of({"clusterkit_driver_version": "30.30.4"}).published()["stack"]["driver"]["version"] == "30.30.4"
+    cpu = {"clusterkit_stack": "cpu", "clusterkit_driver_version": "30.30.4"}
+    found = findings_of(cpu, pools={"cpus": {"clusterkit_accelerator": "cpu"}}, workers={"w1": "cpus"})
+    assert found == {"clusterkit_driver_version": "the row 'cpu' has no driver"}
+
+
 def test_replicas_and_their_ingress_need_cpus_too() -> None:
     """Found on a lab of one worker: the app waited for its ingress until the run gave up."""
     cluster = {"clusterkit_stack": "cpu", "clusterkit_apps": [app(min_replicas=2, max_replicas=2)]}
