@@ -29,6 +29,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 TIMEOUT_S = 30
+SILENT = "the tool lists none"
 # What a `run` returns as a shell would: the program did not answer in time, or is not there.
 HUNG, ABSENT = 124, 127
 
@@ -1140,7 +1141,7 @@ def why_none(vendor, found, root, present, said):
     if not present:
         tool = "amd-smi or Python package amdsmi" if vendor == "amd" else "nvidia-smi"
         return "%s, and there is no %s" % (what, tool)
-    return "%s, and %s" % (what, said or "the tool lists none")
+    return "%s, and %s" % (what, said or SILENT)
 
 
 def read(run=None, root="/", vendor="any", timeout=TIMEOUT_S):
@@ -1166,14 +1167,26 @@ def read(run=None, root="/", vendor="any", timeout=TIMEOUT_S):
             gpus += got
             sources.append(source)
             seen = {gpu["pci"]["address"] for gpu in got}
-            for place, device in sorted((found or {}).items()):
-                if device["vendor"] == name and place not in seen:
-                    told.append(
-                        "PCI device %s (%s, driver %s) is not among what %s lists"
-                        % (place, device["device_id"], device["driver"] or "none", source)
-                    )
+            left = [place for place, it in sorted((found or {}).items()) if it["vendor"] == name and place not in seen]
+            if left and None in seen:
+                # They may well be these: that is output which cannot be read, and no GPU that is gone.
+                told.append(
+                    "%s lists GPUs without a PCI address, and nobody knows whether these of the bus are among them: %s"
+                    % (source, ", ".join(left))
+                )
+                left = []
+            for place in left:
+                device = found[place]
+                told.append(
+                    "PCI device %s (%s, driver %s) is not among what %s lists"
+                    % (place, device["device_id"], device["driver"] or "none", source)
+                )
         else:
-            reasons.append(why_none(name, found, root, present, told[0] if told else None))
+            why = why_none(name, found, root, present, told[0] if told else None)
+            reasons.append(why)
+            if found and why and why.endswith(SILENT):
+                # The driver holds them: rather output that cannot be read than GPUs that are gone.
+                told.append(why)
         problems += told
     reason = None
     if not gpus:

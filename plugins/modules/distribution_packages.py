@@ -173,14 +173,16 @@ def plan(have, want):
     """What is missing or has another version: [{what, name, wanted, actual}].
 
     have: {name: version, or a state in words where the package is not whole}, with versions as
-    ("1.2", None) and states as (None, "unpacked"); want: ["name" or "name=version"].
+    ("1.2", None), further ones beside it as ("1.2", None, "1.1"), and states as (None, "unpacked");
+    want: ["name" or "name=version"].
     """
     found = []
     for item in dict.fromkeys(want):
         name, _, wanted = item.partition("=")
-        version, state = have.get(name, (None, "missing"))
-        if version is None or (wanted and not fnmatch.fnmatchcase(version, wanted)):
-            found.append({"what": "package", "name": name, "wanted": wanted or "installed", "actual": version or state})
+        version, state, *more = have.get(name, (None, "missing"))
+        if version is None or (wanted and not fnmatch.filter([version, *more], wanted)):
+            actual = ", ".join([version, *more]) if version else state
+            found.append({"what": "package", "name": name, "wanted": wanted or "installed", "actual": actual})
     return found
 
 
@@ -432,7 +434,8 @@ class Dnf:
         found, self.locks = {}, {}
         for line in out.splitlines():
             name, version, epoch = (line + "\t0").split("\t")[:3]
-            found[name] = (version, None)
+            # Kernels, and what is made like them (kernel-devel), stay beside one another in several versions.
+            found[name] = (version, None, *(kept for kept in found.get(name, ()) if kept))
             self.locks.setdefault(name, []).append("%s-%s:%s.*" % (name, epoch, version))
         block = set(self.block()[1])
         self.held = {name for name, lines in self.locks.items() if block and block.issuperset(lines)}
@@ -483,7 +486,9 @@ class Dnf:
         return ""
 
     def hold(self, put, lift):
-        self.write_block((self.held | set(put)) - set(lift))
+        # Written anew, the block would lose lines whose package has another version by now.
+        if put or lift:
+            self.write_block((self.held | set(put)) - set(lift))
 
     def write_block(self, names):
         """The list of the plugin, with our block for these packages; the site's own lines stay."""
@@ -573,7 +578,9 @@ class Wanted:
         self.busy = None
         tool.over_holds = bool(params["hold"])
         self.look()
-        self.ours |= tool.held if tool.holds_are_ours else set()
+        # The marked block is one for all calls of the kit: who holds nothing leaves it to those who do.
+        if tool.holds_are_ours and (params["hold"] or self.ours):
+            self.ours |= tool.held
 
     def look(self):
         self.have = self.tool.read()
@@ -584,7 +591,7 @@ class Wanted:
         moving = {change["name"] for change in changes}
         followers = {name: leader for name, leader in self.params["alike"].items() if leader in moving}
         for name, leader in sorted(followers.items()):
-            version, state = self.have.get(name, (None, "missing"))
+            version, state = self.have.get(name, (None, "missing"))[:2]
             told = {"what": "package", "name": name, "wanted": "the version of %s" % leader}
             changes.append(dict(told, actual=version or state))
         still = [item for item in self.phases[2] if item.partition("=")[0] not in followers]
@@ -611,15 +618,22 @@ class Wanted:
         return now, left
 
     def holds(self, coming=()):
-        installed = [name for name, (version, _state) in self.have.items() if version]
+        installed = [name for name, found in self.have.items() if found[0]]
         return holds(set(installed) | set(coming), self.tool.held, self.ours, self.params["hold"])
+
+    def version_of(self, name):
+        """What is installed of it; of several versions one that is wanted."""
+        version, _state, *more = self.have.get(name, ("", None))
+        wanted = [item.partition("=")[2] for phase in self.phases for item in phase if item.startswith(name + "=")]
+        fitting = [found for found in (version, *more) if found and wanted and fnmatch.fnmatchcase(found, wanted[0])]
+        return fitting[0] if fitting else version or ""
 
     def result(self, told, left):
         names = [item.partition("=")[0] for phase in self.phases for item in phase]
         return {
             "changes": told + left,
             "waiting": [change["name"] for change in left],
-            "versions": {name: self.have.get(name, ("", None))[0] or "" for name in names},
+            "versions": {name: self.version_of(name) for name in names},
         }
 
     def install_unheld(self, left):

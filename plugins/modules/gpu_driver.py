@@ -40,6 +40,12 @@ options:
     type: list
     elements: str
     default: []
+  forget_reasons:
+    description: >-
+      Whether the caller has seen for itself that nothing more is to be done for such reasons; then a marker that names
+      some goes as well, once all fits.
+    type: bool
+    default: false
   load:
     description: Load the module where nothing is loaded and the wanted one would be.
     type: bool
@@ -325,11 +331,14 @@ def decide(facts, wanted):
                     "problem": "the host was rebooted once for this already, at %s: %s"
                     % (marker.get("at"), "; ".join(reasons)),
                     "fix": "find out why that did not help (journalctl -b -k; an old module in the initramfs is one "
-                    "cause: update-initramfs -u -k all, or dracut -f --regenerate-all), then remove the marker",
+                    "cause: update-initramfs -u -k all, or dracut -f --regenerate-all), then remove the marker %s"
+                    % facts["marker_path"],
                 }
             ]
-    # Other people's reasons cannot be checked here: their marker stays, and stops a second reboot for the same.
-    forget = state == "fits" and marker is not None and not (marker.get("wanted") or {}).get("reasons")
+    # Other people's reasons cannot be checked here: unless they say so, their marker stays, and stops a second reboot
+    # for the same.
+    theirs = marker is not None and (marker.get("wanted") or {}).get("reasons") and not wanted["forget_reasons"]
+    forget = state == "fits" and marker is not None and not theirs
     return {"state": state, "reasons": reasons, "problems": problems, "changes": changes, "forget": forget}
 
 
@@ -532,6 +541,7 @@ def observe(wanted, marker):
         "next_kernel": following_kernel(),
         "cmdline": cmdline,
         "marker": read_marker(marker),
+        "marker_path": marker,
         "loaded": None,
         "on_disk": {},
         "dkms": [],
@@ -632,6 +642,7 @@ def main():
             "dkms": {"type": "bool", "default": True},
             "parameters": {"type": "list", "elements": "str", "default": []},
             "reasons": {"type": "list", "elements": "str", "default": []},
+            "forget_reasons": {"type": "bool", "default": False},
             "load": {"type": "bool", "default": False},
             "mark": {"type": "bool", "default": False},
             "consent": {"type": "bool", "default": True},
@@ -641,7 +652,7 @@ def main():
     )
     given = module.params
     try:
-        keys = ("version", "dkms", "parameters", "reasons", "load")
+        keys = ("version", "dkms", "parameters", "reasons", "forget_reasons", "load")
         wanted = dict({key: given[key] for key in keys}, module=given["module"] or None)
         wanted["builds"] = accepted(given["builds"], given["version"], given["module"])
         facts, decided, changed = converge(wanted, given, module.check_mode)

@@ -327,7 +327,11 @@ def check_gpus(vendor, wanted, root="/"):
         "set clusterkit_gpus to what the host has, or look for the missing: power off and on, reseat it, ask the vendor"
     )
     if vendor == "amd" and 0 < len(there) < wanted and "pci=realloc=off" not in _text(root, "proc/cmdline"):
-        fix = "boot with pci=realloc=off (rocm_host sets it); then: " + fix
+        fix = (
+            "add pci=realloc=off to the kernel's command line and reboot: in GRUB_CMDLINE_LINUX of /etc/default/grub, "
+            "then `update-grub`, or on EL `grubby --update-kernel=ALL --args=pci=realloc=off`. rocm_host sets it too, "
+            "but runs after this check. Are some missing still: " + fix
+        )
     return [finding("GPUs", problem, fix)]
 
 
@@ -345,19 +349,28 @@ def check_secure_boot(vendor, root="/"):
     """DKMS signs what it builds with its own key: where that is not enrolled, the kernel refuses the driver."""
     if not vendor or not secure_boot(root):
         return []
-    keys = [os.path.join(root, path) for path in ("var/lib/dkms/mok.pub", "var/lib/shim-signed/mok/MOK.der")]
-    keys = [key for key in keys if os.path.exists(key)]
-    for key in keys:
+    # The order in which DKMS takes them: Ubuntu's own first.
+    keys = [os.path.join(root, path) for path in ("var/lib/shim-signed/mok/MOK.der", "var/lib/dkms/mok.pub")]
+    there = [key for key in keys if os.path.exists(key)]
+    for key in there:
         done = subprocess.run(["mokutil", "--test-key", key], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if b"already enrolled" in done.stdout:
             return []
-    key = keys[0] if keys else "/var/lib/dkms/mok.pub (made by DKMS at its first build)"
+    enrol = "`mokutil --import %s`, reboot, confirm in MokManager at the console"
+    if there:
+        fix = "enrol the key: " + enrol % there[0]
+    else:
+        # dkms-project/dkms #424; before it, DKMS makes its key at its first build, which comes after this check.
+        fix = (
+            "make a key and enrol it: on Ubuntu install shim-signed and run `update-secureboot-policy --new-key`, then "
+            "%s; elsewhere install dkms (3.1 or newer) and run `dkms generate_mok`, then %s. With an older dkms switch "
+            "Secure Boot off for the installation" % (enrol % keys[0], enrol % keys[1])
+        )
     return [
         finding(
             "Secure Boot",
             "is on, and the key that DKMS signs drivers with is not enrolled: the kernel would refuse the driver",
-            "switch Secure Boot off in the firmware, or enrol the key at the console: mokutil --import %s, "
-            "reboot, confirm in MokManager" % key,
+            "switch Secure Boot off in the firmware, or " + fix,
         )
     ]
 

@@ -22,7 +22,8 @@ options:
     elements: str
     default: []
   required:
-    description: Whether a host without any RDMA device is an error.
+    description: Whether a host without any usable RDMA port is an error. Else one without devices is no matter, and
+      one whose ports are not usable is warned of.
     type: bool
     default: false
   root:
@@ -437,7 +438,7 @@ def judge(have, declared="", wanted=(), required=False):
     if not ports:
         problem = "no RDMA port of this host is usable: RCCL and NCCL would go over sockets, many times slower"
         fix = "See the other findings; or set rdma_fabric_enabled: never, and it is so by intent."
-        findings.append(finding("rdma-fabric", "error", "host", problem, fix))
+        findings.append(finding("rdma-fabric", "error" if required else "warning", "host", problem, fix))
     return fabric, findings
 
 

@@ -23,7 +23,7 @@ SNAPSHOT = """
 find /etc /usr/local /opt/clusterkit /var/lib/clusterkit /var/log/clusterkit /var/lib/dpkg /var/lib/apt \
   \\( -name __pycache__ -o -path /var/lib/clusterkit/ray -o -path '*/cache' -o -name '*.log' \\) -prune \
   -o -printf '%p %m %u %g %s %T@ %l\\n' 2>/dev/null | sort | sha256sum
-docker image ls --all --no-trunc 2>/dev/null
+docker image ls --all --no-trunc --format '{{.Repository}}:{{.Tag}} {{.ID}}' 2>/dev/null
 docker ps --no-trunc --filter name=clusterkit-ray 2>/dev/null | cut -d' ' -f1
 systemctl show clusterkit-ray docker -p MainPID -p UnitFileState -p ActiveState
 getent passwd; cat /proc/sys/net/core/somaxconn
@@ -124,7 +124,8 @@ def test_a_secret_of_the_environment_is_in_no_plan(cluster: Cluster) -> None:
 def test_a_host_that_is_gone_hides_no_other(cluster: Cluster, tmp_path: Path) -> None:
     shutil.copytree(cluster.inventory, tmp_path / "inventory")
     (tmp_path / "inventory/host_vars").mkdir(exist_ok=True)
-    (tmp_path / "inventory/host_vars/worker2.yml").write_text("ansible_port: 1\n")
+    # Another address, too: SSH would go on through the connection that is open.
+    (tmp_path / "inventory/host_vars/worker2.yml").write_text("ansible_host: 127.0.0.1\nansible_port: 1\n")
     told = plan(Cluster(cluster.name, tmp_path / "inventory"), "--tags", "preflight,baseline", code=1)
     assert [item["host"] for item in told["unreachable"]] == ["worker2"]
     assert {host: item["state"] for host, item in told["hosts"].items()} == {

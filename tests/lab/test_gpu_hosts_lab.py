@@ -40,6 +40,7 @@ WORKERS = ("worker1", "worker2")
 TAGS = "preflight,baseline,rocm_host,rdma_fabric,host_agent,gpu_health"
 HOSTS_PLAYBOOK = "playbooks/hosts.yml"
 REPOSITORY = "/etc/apt/sources.list.d/clusterkit-rocm.sources"
+TIER_1 = {"/opt/clusterkit/bin/gpu-tier1", "/etc/clusterkit/gpu-tier1.json"}
 RULES = "/etc/udev/rules.d/70-clusterkit-amdgpu.rules"
 # What a boot makes of a host: firmware, boot loader and kernel.
 KERNEL = """#!/bin/sh
@@ -101,6 +102,10 @@ cat "$answer"
 """
 # The real one would tell of the machine that the lab runs on.
 DMESG = "#!/bin/sh\necho '2026-01-01T00:00:00,000000+00:00 Linux version 6.1.0'\n"
+NODE = {
+    "/opt/clusterkit/bin/ray-node": """print('{"state": "stopped", "changed": false}')\n""",
+    "/etc/systemd/system/clusterkit-ray.service": "[Service]\nExecStart=/bin/false\n",
+}
 PREPARE = """
 set -e
 rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/* /var/lib/apt/lists/*
@@ -208,7 +213,16 @@ class Site:
         return found
 
     def boots(self) -> dict[str, str]:
-        return {host: self.lab.on(host, "cat /proc/sys/kernel/random/boot_id") for host in WORKERS}
+        return {host: self.boot_of(host) for host in WORKERS}
+
+    def boot_of(self, host: str) -> str:
+        """The id of its boot."""
+        return self.lab.on(host, "cat /proc/sys/kernel/random/boot_id")
+
+    def quarantine(self, host: str) -> Any:
+        """From the host's record: without Ray's launcher, the agent has no status to tell."""
+        record = json.loads(self.lab.on(host, "cat /var/lib/clusterkit/host.json 2>/dev/null || echo '{}'"))
+        return record.get("quarantine")
 
     def set_ecc_errors(self, host: str, gpu: int, count: int) -> None:
         answer = json.loads((MI300X / AMD_FILES["metric"]).read_text())
@@ -352,9 +366,11 @@ def test_a_second_run_changes_nothing_and_needs_no_repository(site: Site) -> Non
     assert site.boots() == boots
 
 
-def test_a_plan_of_fit_hosts_is_empty_and_shows_driver_and_gpus(site: Site) -> None:
+def test_a_plan_of_fit_hosts_changes_nothing_and_shows_driver_and_gpus(site: Site) -> None:
     told = site.plan()
-    assert (told["changes"], told["disruptions"]) == ([], [])
+    assert (told["failed"], told["disruptions"]) == ([], [])
+    # Tier 1 has a playbook of its own, which did not run.
+    assert {change["name"] for change in told["changes"]} <= TIER_1
     for host in WORKERS:
         driver, gpus = told["hosts"][host]["driver"], told["hosts"][host]["gpus"]
         assert (driver["state"], driver["loaded"]["version"]) == ("fits", "6.16.13")
@@ -374,15 +390,14 @@ def test_a_sick_gpu_keeps_its_host_out_and_no_other(site: Site) -> None:
     assert (counts["worker1"]["failed"], counts["worker2"]["failed"], counts["head"]["failed"]) == (1, 0, 0)
     assert "worker1 is in quarantine" in said
     assert "clusterkit host release worker1" in said
-    held = site.lab.agent("worker1", "status")["quarantine"]
-    (finding,) = held["findings"]
+    (finding,) = site.quarantine("worker1")["findings"]
     assert (finding["check"], finding["subject"]) == ("ecc_uncorrectable", f"GPU 3 ({BDF[3]})")
     assert "2 uncorrectable memory errors" in finding["problem"]
     assert site.lab.agent("worker1", "start", code=3)["refused"] == "quarantine"
     # The other one was brought to its wish by the same run.
     assert counts["worker2"]["changed"] > 0
     assert "kfd" in site.lab.on("worker2", f"cat {RULES}")
-    assert site.lab.agent("worker2", "status")["quarantine"] is None
+    assert site.quarantine("worker2") is None
 
 
 def test_the_next_run_leaves_it_so_and_says_how_to_lift_it(site: Site) -> None:
@@ -398,8 +413,9 @@ def test_a_mended_host_that_was_released_is_taken_in_again(site: Site) -> None:
     assert done.returncode == 0, done.stderr
     counts, said = site.converge()
     assert {host: count["changed"] for host, count in counts.items() if count["changed"]} == {}
-    assert "is in quarantine" not in said
-    assert site.lab.agent("worker1", "status")["held"] is None
+    assert "worker1 is in quarantine" not in said
+    assert site.quarantine("worker1") is None
+    assert site.lab.agent("worker1", "start", code=3)["refused"] == "generation", "there is no Ray here yet"
 
 
 # ------------------------------------------------------------------ both at once, by consent
@@ -420,10 +436,36 @@ def test_with_leave_for_two_both_are_rebooted_at_once(site: Site) -> None:
         assert "standin=1" in site.lab.on(host, "cat /proc/cmdline")
 
 
+def test_a_host_that_does_not_come_back_stops_the_one_behind_it(site: Site) -> None:
+    more = {"rocm_host_kernel_parameters": ["pci=realloc=off", "pci=bfsort", "iommu=pt", "standin=2"]}
+    words = ("-e", json.dumps({**more, "host_reboot_timeout_s": 20}))
+    before = site.boots()
+    del site.power.seen[:]
+    site.power.together = 3
+    counts, said = site.converge(*words, code=2)
+    ((action, gone),) = site.power.seen
+    (other,) = {*WORKERS} - {gone}
+    assert action == "die"
+    assert (counts[gone]["failed"], counts[other]["failed"]) == (1, 1)
+    assert f"left as it is: {gone} failed before its turn came" in said
+    assert site.boot_of(other) == before[other]
+    # Mended, the same command goes on where it stopped.
+    site.power.together = 1
+    site.lab.container(gone).start()
+    site.lab.on(gone, "until systemctl is-active --quiet ssh.service; do sleep 0.2; done")
+    came_back = site.boot_of(gone)
+    site.converge(*words)
+    assert site.boot_of(gone) == came_back
+    assert site.boot_of(other) != before[other]
+
+
 # ------------------------------------------------------------------ gone
 
 
 def test_remove_takes_away_what_the_roles_have_made(site: Site) -> None:
+    # As if playbooks/ray.yml had run: launcher and unit of the node.
+    site.put("worker1", {path: text.encode() for path, text in NODE.items()})
+    site.lab.on("worker1", "systemctl daemon-reload")
     done = playbook("playbooks/remove.yml", site.inventory, "--limit", "worker1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     left = site.lab.on("worker1", "find /opt /etc /usr/local /var/lib /var/log -path '*clusterkit*'")

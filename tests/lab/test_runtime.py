@@ -14,6 +14,8 @@ from tests.lab.conftest import Cluster, clusterkit, playbook
 pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
 
 WORKER = "worker1"
+# systemd's words in the journal.
+STAGES = ("Stopping", "Started")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -87,11 +89,12 @@ def test_with_consent_dockerd_is_restarted_on_one_host_after_the_other(cluster: 
     def dockerd(host: str) -> str:
         return cluster.on(host, "systemctl show docker -p InvocationID --value")
 
-    def away(host: str) -> tuple[int, int]:
+    def away(host: str) -> tuple[float, float]:
         """From the stop of the node to its next start, in seconds since 1970."""
-        shown = "systemctl show --timestamp=unix clusterkit-ray -p InactiveEnterTimestamp -p ActiveEnterTimestamp"
-        found = dict(line.split("=@") for line in cluster.on(host, shown).splitlines())
-        return int(found["InactiveEnterTimestamp"]), int(found["ActiveEnterTimestamp"])
+        # From the journal: systemd forgets the times of a unit that nothing wants.
+        lines = cluster.on(host, "journalctl --no-pager -o short-unix -u clusterkit-ray").splitlines()
+        times = {word: [float(line.split()[0]) for line in lines if f"]: {word} " in line] for word in STAGES}
+        return times["Stopping"][-1], times["Started"][-1]
 
     before = {host: dockerd(host) for host in hosts}
     try:

@@ -37,6 +37,8 @@ needs_apt = pytest.mark.skipif(
         ({}, ["a", "a"], [("a", "installed", "missing")]),
         ({"a": ("1.0", None)}, ["a=2.0"], [("a", "2.0", "1.0")]),
         ({"a": ("5:27.1-1", None)}, ["a=5:26.*"], [("a", "5:26.*", "5:27.1-1")]),
+        ({"a": ("2", None, "1")}, ["a=1", "a=2", "a"], []),
+        ({"a": ("2", None, "1")}, ["a=3"], [("a", "3", "2, 1")]),
         ({"a": (None, "half configured")}, ["a"], [("a", "installed", "half configured")]),
         ({"b": ("1", None)}, ["b", "a"], [("a", "installed", "missing")]),
     ],
@@ -496,6 +498,51 @@ def test_dnf_holds_by_versionlock_and_leaves_the_sites_lines(dnf: Path, monkeypa
     assert [item["name"] for item in call(packages, **given)["changes"]] == ["kernel-core"]
     call(packages, state="absent", record=str(dnf / "record"))
     assert lock.read_text() == "mine-0:1.0-1.*\n"
+
+
+@pytest.mark.parametrize("record", ["none yet", "notes packages"])
+def test_a_call_that_holds_nothing_leaves_the_holds_of_another_alone(
+    dnf: Path, monkeypatch: pytest.MonkeyPatch, record: str
+) -> None:
+    """The host's own packages come with one call, the driver and its holds with another: run after run."""
+    lock = dnf / "versionlock.list"
+    monkeypatch.setattr(packages, "VERSIONLOCK", str(lock))
+    (dnf / "database").write_text("kernel-core\t5.14.0-1.el9\t0\nbash\t5.1-1.el9\t0\n")
+    driver: Json = {"packages": ["bash"], "hold": ["kernel-*"], "record": str(dnf / "driver")}
+    base: Json = {"packages": ["numactl-libs"], "record": str(dnf / "base")}
+    if record == "notes packages":
+        assert call(packages, **base)["changed"]
+    assert call(packages, **driver)["changed"]
+    written = lock.read_text()
+    assert "kernel-core-0:5.14.0-1.el9.*" in written
+    # Its own installation lifts no hold of others, and notes none.
+    assert call(packages, **base)["changed"] is (record == "none yet")
+    assert lock.read_text() == written
+    assert "held" not in json.loads((dnf / "base").read_text())
+    for given in (base, driver, base):
+        assert not call(packages, **given)["changed"]
+    # Not even where a line of theirs is of an older version.
+    (dnf / "database").write_text("kernel-core\t5.14.0-2.el9\t0\nbash\t5.1-1.el9\t0\n")
+    assert [item["what"] for item in call(packages, **base)["changes"]] == ["package"]
+    assert lock.read_text() == written
+    # Who has put them lifts them, with its own record in hand.
+    assert call(packages, **driver)["changed"]
+    assert [item["wanted"] for item in call(packages, **{**driver, "hold": []})["changes"]] == ["not held"]
+    assert "kernel-core" not in lock.read_text()
+    assert not call(packages, **{**driver, "hold": []})["changed"]
+
+
+@pytest.mark.parametrize("order", [("1", "2"), ("2", "1")])
+def test_of_several_installed_versions_any_counts(dnf: Path, order: tuple[str, str]) -> None:
+    """dnf keeps kernel-devel of other kernels, and rpm lists them in any order."""
+    lines = [f"kernel-devel\t5.14.0-{number}.el9\t0\n" for number in order]
+    (dnf / "database").write_text("".join(lines))
+    told = call(packages, packages=["kernel-devel=5.14.0-1.el9"])
+    assert (told["changed"], told["versions"]) == (False, {"kernel-devel": "5.14.0-1.el9"})
+    # Without the wanted one: it is missed, and what is there is named.
+    missed = call(packages, packages=["kernel-devel=5.14.0-3.el9"], check=True)["changes"]
+    assert {item["name"] for item in missed} == {"kernel-devel"}
+    assert "5.14.0-1.el9" in missed[0]["actual"]
 
 
 def test_dnf_names_the_newest_kernel_with_headers(dnf: Path) -> None:

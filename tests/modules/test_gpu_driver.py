@@ -50,6 +50,7 @@ WANTED: Json = {
     "dkms": True,
     "parameters": [],
     "reasons": [],
+    "forget_reasons": False,
     "load": False,
 }
 FITS: Json = {
@@ -66,6 +67,7 @@ FITS: Json = {
     "nouveau": None,
     "secure_boot": {"enabled": False, "key": None, "enrolled": None, "pending": False},
     "marker": None,
+    "marker_path": "/state/reboot.json",
 }
 OTHER_LOADED: Json = {"loaded": loaded(src="OLD")}
 
@@ -224,7 +226,11 @@ TABLE: list[tuple[str, Json, Json, str, list[str]]] = [
         {**OTHER_LOADED, **marker()},
         {},
         "broken",
-        ["rebooted once for this already, at 2026-11-20T08:00:00Z", "another build", "remove the marker"],
+        [
+            "rebooted once for this already, at 2026-11-20T08:00:00Z",
+            "another build",
+            "remove the marker /state/reboot.json",
+        ],
     ),
     ("killed between the marker and the reboot", {**OTHER_LOADED, **marker("this boot")}, {}, "reboot", []),
     ("rebooted for another version", {**OTHER_LOADED, **marker(version="30.30.3")}, {}, "reboot", []),
@@ -267,19 +273,24 @@ def test_without_the_marker_it_would_reboot_for_ever(facts: Json) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "forget"),
+    ("facts", "wanted", "forget"),
     [
-        (marker(), True),
-        (marker(version="30.30.3"), True),
-        ({"marker": {}}, True),
-        ({}, False),
-        ({**marker(), **OTHER_LOADED}, False),
+        (marker(), {}, True),
+        (marker(version="30.30.3"), {}, True),
+        ({"marker": {}}, {}, True),
+        ({}, {}, False),
+        ({**marker(), **OTHER_LOADED}, {}, False),
         # Whether that reboot helped is not known here.
-        (marker(reasons=["new firmware"]), False),
+        (marker(reasons=["new firmware"]), {}, False),
+        # It is known to who asks.
+        (marker(reasons=["new firmware"]), {"forget_reasons": True}, True),
+        ({**marker(reasons=["new firmware"]), **OTHER_LOADED}, {"forget_reasons": True}, False),
+        (marker(reasons=["new firmware"]), {"forget_reasons": True, "reasons": ["new firmware"]}, False),
+        ({}, {"forget_reasons": True}, False),
     ],
 )
-def test_the_marker_goes_once_it_fits(facts: Json, forget: bool) -> None:
-    assert driver.decide({**FITS, **facts}, WANTED)["forget"] is forget
+def test_the_marker_goes_once_it_fits(facts: Json, wanted: Json, forget: bool) -> None:
+    assert driver.decide({**FITS, **facts}, {**WANTED, **wanted})["forget"] is forget
 
 
 def test_nvidia_waits_for_nouveau_to_go() -> None:
@@ -445,6 +456,26 @@ def test_the_marker_is_written_and_stops_the_second_reboot(host: Path) -> None:
     assert (done["state"], done["changed"]) == ("fits", True)
     assert not (host / "state/reboot.json").exists()
     assert not run()["changed"]
+
+
+def test_the_same_reason_may_come_again_once_it_was_seen_to_be_done(host: Path) -> None:
+    """Partition modes: set at one boot, and another time after they were changed back."""
+    file, boot = host / "state/reboot.json", host / "proc/sys/kernel/random/boot_id"
+    given: Json = {"reasons": ["not partitioned: card0"], "mark": True}
+    assert run(**given)["state"] == "reboot"
+    boot.write_text("66666666-2222-3333-4444-555555555555\n")
+    refused = run(**given)
+    assert refused["state"] == "broken"
+    assert "then remove the marker /state/reboot.json" in refused["summary"]
+    # The reboot helped. Who cannot know leaves the marker, and later the same reason would be refused for ever.
+    assert not run()["changed"]
+    assert run(**given)["state"] == "broken"
+    assert run(forget_reasons=True, check=True)["changed"]
+    assert file.exists()
+    assert run(forget_reasons=True)["changed"]
+    assert not file.exists()
+    assert not run(forget_reasons=True)["changed"]
+    assert run(**given)["state"] == "reboot"
 
 
 def test_without_consent_it_is_listed_and_left(host: Path) -> None:

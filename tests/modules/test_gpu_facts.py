@@ -765,6 +765,26 @@ def test_a_gpu_that_the_bus_has_and_the_tool_has_not(bin_: Path, root: Path) -> 
     assert [finding["problem"] for finding in seen["findings"]] == [f"8 GPUs are declared, and there are 7: {said}"]
 
 
+def test_gpus_that_the_tool_lists_without_addresses_are_not_gone(bin_: Path, root: Path) -> None:
+    bus(root, BDF, **AMD, driver="amdgpu")
+    answers = {question: text.replace('"bdf"', '"address_of_2030"') for question, text in amd_answers(MI300X).items()}
+    amd_smi(bin_ / "amd-smi", answers)
+    seen = call(facts, vendor="amd")
+    assert [gpu["pci"]["address"] for gpu in seen["gpus"]] == [None] * 8
+    [said] = seen["problems"]
+    assert said.startswith("amd-smi lists GPUs without a PCI address, and nobody knows whether")
+    assert "is not among" not in said
+
+
+@pytest.mark.parametrize("driver", ["amdgpu", "vfio-pci"])
+def test_a_tool_that_says_nothing_of_what_its_driver_holds(bin_: Path, root: Path, driver: str) -> None:
+    bus(root, BDF, **AMD, driver=driver, module="amdgpu")
+    amd_smi(bin_ / "amd-smi", dict.fromkeys(amd_answers(MI300X), '{"data": {}}'))
+    seen = call(facts, vendor="amd")
+    silent = "8 AMD GPU(s) on the PCI bus (0x74a1), and the tool lists none"
+    assert seen["problems"] == ([silent] if driver == "amdgpu" else [])
+
+
 def test_the_kernel_tells_what_the_tool_does_not(bin_: Path, root: Path) -> None:
     bus(root, H100_BDF, **NVIDIA, driver="nvidia")
     (root / "sys/module/nvidia/version").write_text("590.48.01\n")

@@ -246,7 +246,9 @@ def test_a_gpu_that_is_gone_from_the_bus(tmp_path: Path) -> None:
     root = pci(tmp_path, *((f"0000:{bus:02x}:00.0", *MI300X) for bus in range(7)))
     (found,) = preflight.check_gpus("amd", 8, root)
     assert found["problem"].startswith("7 of 8 AMD GPUs are on the PCI bus: 0000:00:00.0, ")
-    assert found["fix"].startswith("boot with pci=realloc=off")
+    # Something to do on the host: no role gets to run there before this check is content.
+    assert found["fix"].startswith("add pci=realloc=off to the kernel's command line and reboot: in GRUB_CMDLINE_LINUX")
+    assert "grubby --update-kernel=ALL" in found["fix"]
     (tmp_path / "proc/cmdline").write_text("ro pci=realloc=off quiet")
     (found,) = preflight.check_gpus("amd", 8, root)
     assert "realloc" not in found["fix"]
@@ -279,6 +281,33 @@ def test_secure_boot_without_an_enrolled_key(
     assert preflight.check_secure_boot("", str(tmp_path)) == [], "a host without GPUs loads no driver"
     switch.write_bytes(b"\x06\0\0\0\x00")
     assert preflight.check_secure_boot("amd", str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("key", ["", "var/lib/dkms/mok.pub", "var/lib/shim-signed/mok/MOK.der"])
+def test_secure_boot_names_a_key_that_is_there_or_how_to_make_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    (tmp_path / "sys/firmware/efi/efivars").mkdir(parents=True)
+    switch = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+    (tmp_path / switch).write_bytes(b"\x06\0\0\0\x01")
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin/mokutil", 'echo "$2 is not enrolled"')
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    if key:
+        (tmp_path / key).parent.mkdir(parents=True)
+        (tmp_path / key).touch()
+    (found,) = preflight.check_secure_boot("amd", str(tmp_path))
+    assert "switch Secure Boot off" in found["fix"]
+    if key:
+        assert f"mokutil --import {tmp_path}/{key}`" in found["fix"]
+        assert "dkms generate_mok" not in found["fix"]
+    else:
+        # A key that DKMS would make at a build that this check prevents is no way out.
+        for made, where in (
+            ("`update-secureboot-policy --new-key`", "var/lib/shim-signed/mok/MOK.der"),
+            ("`dkms generate_mok`", "var/lib/dkms/mok.pub"),
+        ):
+            assert f"run {made}, then `mokutil --import {tmp_path}/{where}`" in found["fix"]
 
 
 def test_too_little_room_for_the_initramfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

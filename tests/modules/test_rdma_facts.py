@@ -169,14 +169,15 @@ def test_an_address_that_only_the_table_has_is_not_used(tree: Tree) -> None:
     tree.addresses["ens0"] = ["10.9.9.9"]
     fabric, findings = tree.judge()
     assert (fabric["gid_index"], fabric["hcas"]) == (None, [])
-    assert told(findings) == [("rdma-gid", "warning"), ("rdma-fabric", "error")]
+    assert told(findings) == [("rdma-gid", "warning"), ("rdma-fabric", "warning")]
     assert "10.0.0.7 (3, RoCE v2)" in findings[0]["problem"]
 
 
 def test_version_1_of_roce_is_not_used(tree: Tree) -> None:
     tree.interface("ens0", "10.0.0.7")
     tree.device("mlx5_0", [("10.0.0.7", V1, "ens0")])
-    assert ("rdma-fabric", "error") in told(tree.judge()[1])
+    assert ("rdma-fabric", "warning") in told(tree.judge()[1])
+    assert ("rdma-fabric", "error") in told(tree.judge(required=True)[1])
 
 
 def test_a_vlan_on_the_port_has_an_index_of_its_own(tree: Tree) -> None:
@@ -219,6 +220,15 @@ def test_ports_that_are_down_or_slow_are_left_out(tree: Tree) -> None:
         ("rdma-port-down", "mlx5_2 port 1", "warning"),
     ]
     assert "100 Gb/s, its peers at 400" in findings[0]["problem"]
+
+
+def test_a_card_that_nobody_cabled_stops_nobody_who_does_not_count_on_it(tree: Tree) -> None:
+    """Servers come with such cards; their engines may talk over sockets."""
+    tree.nic(0, state="1: DOWN")
+    fabric, findings = tree.judge()
+    assert fabric["hcas"] == []
+    assert told(findings) == [("rdma-port-down", "warning"), ("rdma-fabric", "warning")]
+    assert told(tree.judge(required=True)[1]) == [("rdma-port-down", "warning"), ("rdma-fabric", "error")]
 
 
 def test_devices_that_the_site_names(tree: Tree) -> None:

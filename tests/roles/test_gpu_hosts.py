@@ -376,6 +376,7 @@ def test_another_pin_lifts_the_hold_for_itself(host: Host) -> None:
     shown = host.rocm("--check", "--diff", driver_version="30.30.4").text
     assert "-amdgpu-dkms: 1:6.16.13.30300300-2327507.22.04" in shown
     assert "+amdgpu-dkms: *.30300400-*" in shown
+    assert '"disrupts": [ "host" ]' in " ".join(shown.split()), "another driver is loaded"
     done = host.rocm(driver_version="30.30.4")
     assert host.versions("amdgpu-dkms", "amdgpu-dkms-firmware") == [
         "1:6.16.13.30300400-2341068.22.04",
@@ -520,6 +521,8 @@ def test_cuda_plan_of_a_bare_host(host: Host) -> None:
         "+blacklist nouveau",
     ):
         assert wanted in shown, wanted
+    said = " ".join(shown.split())
+    assert '"actual": "nothing", "disrupts": [], "name": "nvidia"' in said, "what is not loaded takes no reboot"
     assert host.packages() == before
 
 

@@ -125,6 +125,8 @@ CASES = {
     ),
     # Its card is gone, and an earlier run left a file.
     "without": Case({}, [], {"rdma_fabric_accelerator": "rocm"}, None),
+    # A port without an address, which nobody counts on: as if the card was not there.
+    "unused": Case({"mlx5_0": "mlx5_core"}, [], {"rdma_fabric_accelerator": "rocm"}, None),
     "never": Case({"mlx5_0": "mlx5_core"}, [V4], {"rdma_fabric_enabled": "never"}, None),
 }
 
@@ -185,7 +187,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     if shutil.which("ip") is None:
         pytest.skip("there is no program ip (iproute2) on this machine")
     made = Site(tmp_path_factory.mktemp("fabric"))
-    (made.folder / "without/config/fabric.json").write_text("{}")
+    for name in ("without", "unused"):
+        (made.folder / name / "config/fabric.json").write_text("{}")
     told = made.play("--check")
     assert made.code == 0, told
     # Check mode changed nothing.
@@ -217,6 +220,15 @@ def test_a_fabric_that_cannot_work_fails_the_host(site: Site) -> None:
     assert site.code == 2
     assert "error: interface bond0: the inventory declares this fabric interface" in told
     assert "error: host: the inventory counts on RDMA, and the kernel shows no RDMA device" in told
+
+
+def test_a_fabric_without_a_usable_port_is_told_and_fails_only_who_counts_on_it(site: Site) -> None:
+    told = site.play("--limit", "unused")
+    assert site.code == 0, told
+    assert "warning: host: no RDMA port of this host is usable" in told
+    told = site.play("--limit", "unused", "-e", "rdma_fabric_enabled=always")
+    assert site.code == 2
+    assert "error: host: no RDMA port of this host is usable" in told
 
 
 def test_remove_takes_away_what_the_role_made(site: Site) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import pwd
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +106,7 @@ def healthy(vendor: str = "amd") -> Json:
     return {
         "reading": {"gpus": [make(index) for index in range(8)], "reason": None, "source": "amd-smi", "problems": []},
         "on_the_bus": 8,
+        "nvswitches": 4 if vendor == "nvidia" else 0,
         "devices": devices,
         "log": [(NOW - 5000, "Linux version 6.8.0")],
         "log_problem": None,
@@ -120,9 +122,9 @@ def config(vendor: str = "amd", **changes: Any) -> Json:
 
 
 def judge(
-    host: Json, settings: Json, tier: str = "gate", state: Json | None = None, lifted: int = 0
+    host: Json, settings: Json, tier: str = "gate", state: Json | None = None, lifted: int = 0, runs: bool = False
 ) -> tuple[Any, Json]:
-    verdict, following = tool.judge(host, settings, THRESHOLDS, PATTERNS, state or {}, tier, lifted)
+    verdict, following = tool.judge(host, settings, THRESHOLDS, PATTERNS, state or {}, tier, lifted, runs)
     return verdict, json.loads(json.dumps(following))
 
 
@@ -283,8 +285,9 @@ def test_a_fault_becomes_a_finding(name: str) -> None:
     vendor, breaks, check, at_gate, at_timer, subject, hint = FAULTS[name]
     host = healthy(vendor)
     breaks(host)
-    for tier, severity in (("gate", at_gate), ("timer", at_timer)):
-        found = judge(host, config(vendor), tier)[0].findings
+    # The gate of a host whose node runs judges as the timer does: a driver that waits for consent is no fault.
+    for tier, runs, severity in (("gate", False, at_gate), ("gate", True, at_timer), ("timer", False, at_timer)):
+        found = judge(host, config(vendor), tier, runs=runs)[0].findings
         assert [(entry["check"], entry["severity"], entry["subject"]) for entry in found] == [
             (check, severity, subject)
         ]
@@ -394,6 +397,76 @@ def test_which_driver_is_the_wanted_one(wanted: str, loaded: str, same: bool) ->
         gpu["driver"]["version"] = loaded
     found = {entry["check"] for entry in judge(host, config(vendor, driver=wanted))[0].findings}
     assert found == (set() if same else {"driver_version"})
+
+
+# ------------------------------------------------------------------ links
+
+
+def nvlinks(*up: int, ports: int = 18, switches: int = 0) -> Json:
+    """A host whose GPUs have so many NVLinks up, and the rest of their ports inactive."""
+    host = healthy("nvidia")
+    host["nvswitches"] = switches
+    for gpu, count in zip(host["reading"]["gpus"], up + up[-1:] * (8 - len(up)), strict=True):
+        gpu["links"] = [{"peer": None, "type": "NVLINK", "up": port < count} for port in range(ports)]
+    return host
+
+
+@pytest.mark.parametrize(
+    ("host", "sick", "judged"),
+    [
+        (nvlinks(18, switches=4), 0, True),
+        (nvlinks(17, 18, switches=4), 1, True),
+        (nvlinks(0, 18, switches=4), 1, True),
+        # A fabric that never came up.
+        (nvlinks(0, switches=4), 8, True),
+        # Bridges between pairs: four of the ports have nothing plugged in.
+        (nvlinks(4, ports=8), 0, True),
+        (nvlinks(3, 4, ports=8), 1, True),
+        # A GPU without a bridge beside two with one, and a host without any.
+        (nvlinks(0, 4, ports=8), 0, True),
+        (nvlinks(0), 0, False),
+    ],
+)
+def test_an_inactive_nvlink_is_a_fault_only_where_it_should_be_in_use(host: Json, sick: int, judged: bool) -> None:
+    verdict, _ = judge(host, config("nvidia"))
+    assert [entry["check"] for entry in verdict.findings] == ["links"] * sick
+    assert ("links" in verdict.judged) is judged
+    if not judged:
+        assert {entry["why"] for entry in verdict.not_judged() if entry["check"] == "links"} == {
+            "all of its NVLinks are inactive, and no NVSwitch is on the PCI bus"
+        }
+
+
+def test_a_tool_that_tells_no_links_at_all_has_not_lost_them_all() -> None:
+    host = healthy()
+    for gpu in host["reading"]["gpus"]:
+        gpu["links"] = []
+    verdict, _ = judge(host, config())
+    assert verdict.findings == []
+    assert ("links", "the tool tells the links of no GPU") in {
+        (entry["check"], entry["why"]) for entry in verdict.not_judged()
+    }
+
+
+def test_a_site_can_switch_the_check_of_the_links_off() -> None:
+    for host in (broken(put("links", 2, "up", value=False)), broken(put("links", value=[]))):
+        assert [entry["check"] for entry in judge(host, config())[0].findings] == ["links"]
+        verdict, _ = judge(host, config(limits={"links": None}))
+        assert verdict.findings == []
+        assert "links" not in verdict.judged
+        assert "gpu_health_limits" in {entry["check"]: entry["why"] for entry in verdict.not_judged()}["links"]
+
+
+def test_switches_are_counted_on_the_bus(tmp_path: Path) -> None:
+    kinds = {"07": ("0x10de", "0x068000"), "08": ("0x10de", "0x060400"), "09": ("0x1b36", "0x068000"),
+             "1b": ("0x10de", "0x030200")}  # fmt: skip
+    for number, (vendor, kind) in kinds.items():
+        folder = tmp_path / f"sys/bus/pci/devices/0000:{number}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(vendor + "\n")
+        (folder / "class").write_text(kind + "\n")
+    assert tool.on_the_bus(str(tmp_path), "nvidia", tool.NVSWITCH_CLASS) == 1
+    assert tool.on_the_bus(str(tmp_path), "nvidia") == 1
 
 
 # ------------------------------------------------------------------ counters
@@ -664,6 +737,57 @@ def test_a_host_in_maintenance_is_left_alone(machine: Machine) -> None:
     assert machine.calls == ["start"]
 
 
+def quarantine_by(machine: Machine, owner: str) -> None:
+    finding = {"check": "ecc_deferred", "severity": "error", "subject": GPU6, "problem": "1 error", "fix": "reset it"}
+    given = {"owner": owner, "reason": f"1 GPU error: ecc_deferred on {GPU6}", "findings": [finding]}
+    assert machine.host.call("quarantine", given=json.dumps(given))[0] == 0
+
+
+def test_the_timer_moves_the_work_off_a_host_that_the_gate_found_sick(machine: Machine) -> None:
+    quarantine_by(machine, tool.GATE_OWNER)
+    machine.answer(0, '{"slot": null, "reason": "no place is free"}')
+    assert machine.watch(healthy())["action"] == "report only: no place is free"
+    assert machine.calls == ["start"]
+    machine.answer(0, '{"slot": 0}')
+    # What the gate read since boot is not what the timer reads: the gate's findings are the reason.
+    assert machine.watch(healthy())["action"] == "drained, stopped and in quarantine"
+    assert machine.calls == ["start", "drain", "stop"]
+    entry = machine.host.read_record()["quarantine"]
+    assert (entry["owner"], [found["check"] for found in entry["findings"]]) == ("gpu-health timer", ["ecc_deferred"])
+    assert machine.watch(healthy())["action"] == "in quarantine already"
+    assert machine.calls == ["start", "drain", "stop"]
+
+
+@pytest.mark.parametrize("why", ["drain is off", "it is stopped", "people hold it", "people quarantined it"])
+def test_the_timer_leaves_other_quarantined_hosts_alone(machine: Machine, why: str) -> None:
+    quarantine_by(machine, "kim" if why == "people quarantined it" else tool.GATE_OWNER)
+    if why == "drain is off":
+        machine.settings["drain"] = False
+    elif why == "it is stopped":
+        machine.host.call("stop")
+    elif why == "people hold it":
+        machine.host.call("hold", "--owner", "kim", "--reason", "new GPU")
+    before = machine.calls
+    assert machine.watch(broken(SICK))["action"] == "none: the host is held already"
+    assert machine.calls == before
+
+
+def test_whether_the_node_runs_is_the_agents_word_and_else_the_records(machine: Machine) -> None:
+    def runs() -> bool:
+        found = tool.node_runs(machine.settings, tool.read_record(machine.settings), tool.run)
+        assert isinstance(found, bool)
+        return found
+
+    assert runs() is True
+    (machine.host.folder / "running").unlink()
+    assert runs() is False, "a reboot ended it, and the record does not know"
+    (machine.host.folder / "launcher").write_text("import sys; sys.exit(1)")
+    assert runs() is True, "nobody knows: the record counts"
+    record = machine.host.read_record()
+    machine.host.write_record(**{**record, "instance_id": None})
+    assert runs() is False
+
+
 def test_a_driver_that_waits_for_a_reboot_takes_no_host_out(machine: Machine) -> None:
     for _ in range(3):
         report = machine.watch(broken(put("driver", "version", value="6.14.14")))
@@ -713,6 +837,11 @@ def test_the_program_on_a_machine_without_gpus(tmp_path: Path) -> None:
         ({"accelerator": "tpu"}, "cuda or rocm"),
         ({"thresholds": "/none/x.json"}, "cannot read the limits /none/x.json"),
         ({"lib": "/none"}, "No module named 'gpus'"),
+        ({"limits": {"pcie_width": "8"}}, "limits.pcie_width"),
+        ({"limits": {"naks": True}}, "limits.naks"),
+        ({"limits": {"full_mesh": 1}}, "limits.full_mesh"),
+        ({"limits": {"links": 4}}, "limits.links"),
+        ({"limits": ["naks"]}, "limits in"),
     ],
 )
 def test_a_wrong_configuration_is_told(tmp_path: Path, changes: Json, says: str) -> None:
@@ -720,6 +849,110 @@ def test_a_wrong_configuration_is_told(tmp_path: Path, changes: Json, says: str)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("word", ["check", "watch"])
+def test_a_crash_is_never_taken_for_findings(tmp_path: Path, word: str) -> None:
+    odd = tmp_path / "odd.json"
+    odd.write_text('{"patterns": 3}')
+    done = call(tmp_path, {**Machine(tmp_path).settings, "patterns": str(odd), "drain": False}, word)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "gpu-health: it failed: TypeError: " in done.stderr
+    # What people may set, and what is looked at before it is used.
+    good = {"naks": 3, "pcie_speed_gts": 2.5, "full_mesh": False, "links": None, "replays": None}
+    tool.check_limits("x", good)
+
+
+# ------------------------------------------------------------------ the role's tasks
+
+
+def gate(folder: Path, answer: str, code: int, *options: str, said: str = "") -> tuple[int, str]:
+    """(exit code, text) of tier 0 on this machine, where gpu-health answers like this."""
+    program = folder / "gpu-health"
+    program.write_text(f"import sys\nprint({answer!r})\nsys.stderr.write({said!r})\nsys.exit({code})\n")
+    agent = Host(folder)
+    task = {"name": "Role", "ansible.builtin.import_role": {"name": "gpu_health", "tasks_from": "tier0"}}
+    (folder / "play.yml").write_text(
+        json.dumps([{"name": "Gate", "hosts": "localhost", "gather_facts": False, "tasks": [task]}])
+    )
+    dummies = {f"gpu_health_{name}_path": str(folder) for name in ("root", "config", "state")}
+    given = {"__gpu_health_agent": [PYTHON, str(AGENT), "--config", str(agent.config)],
+             "__gpu_health_command": f"{PYTHON} {program}", **dummies}  # fmt: skip
+    (folder / "given.json").write_text(json.dumps(given))
+    argv = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", "-c", "local"]
+    argv += ["-e", f"@{folder}/given.json", str(folder / "play.yml"), *options]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def answer_for(host: Json, runs: bool = False) -> str:
+    verdict, _ = judge(host, config(), runs=runs)
+    return json.dumps(dict(tool.report_of(verdict, host, {}, NOW), node_runs=runs))
+
+
+def quarantined(folder: Path) -> Any:
+    file = folder / "host.json"
+    return json.loads(file.read_text())["quarantine"] if file.exists() else None
+
+
+@pytest.mark.slow
+def test_the_gate_quarantines_what_is_sick_and_only_that(tmp_path: Path) -> None:
+    both = broken(SICK)
+    both["reading"]["problems"].append("amd-smi metric: no JSON")
+    code, told = gate(tmp_path, answer_for(both, runs=True), 1)
+    assert code != 0
+    assert "Its node still runs: clusterkit host drain localhost --reason" in told
+    entry = quarantined(tmp_path)
+    assert (entry["owner"], [found["check"] for found in entry["findings"]]) == (
+        "gpu-health gate",
+        ["ecc_uncorrectable"],
+    )
+
+
+@pytest.mark.slow
+def test_the_gate_refuses_a_host_that_nobody_can_judge_without_a_quarantine(tmp_path: Path) -> None:
+    answer = answer_for(broken(says("amd-smi metric: no JSON")))
+    code, told = gate(tmp_path, answer, 1)
+    assert code != 0
+    assert "goes no further, and not into quarantine: 1 GPU error: tool_output on host" in told
+    assert "run the tool by hand" in told
+    assert quarantined(tmp_path) is None
+    code, told = gate(tmp_path, answer, 1, "--check")
+    assert code == 0, "a plan goes on"
+    assert "goes no further" in told
+
+
+@pytest.mark.slow
+def test_the_gate_lets_a_running_host_wait_for_its_reboot(tmp_path: Path) -> None:
+    old = broken(put("driver", "version", value="6.14.14"))
+    code, told = gate(tmp_path, answer_for(old, runs=True), 0)
+    assert code == 0, told
+    assert quarantined(tmp_path) is None
+    code, told = gate(tmp_path, answer_for(old), 1)
+    assert code != 0, "where the node is off, the host is not let in"
+    assert quarantined(tmp_path)["findings"][0]["check"] == "driver_version"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("answer", "code", "said", "passes", "plan_passes"),
+    [
+        (answer_for(healthy()), 0, "", True, True),
+        ("", 1, "Traceback (most recent call last):", False, False),
+        ("", 0, "", False, False),
+        ("healthy: 8 GPUs", 0, "", False, False),
+        ("", 2, "gpu-health: it failed: KeyError: 'x'", False, False),
+        ("", 2, "python3: can't open file '/opt/x/bin/gpu-health'", False, True),
+        ("", 2, "gpu-health: cannot read the configuration /etc/x.json: gone", False, True),
+    ],
+)
+def test_no_answer_is_no_pass(
+    tmp_path: Path, answer: str, code: int, said: str, passes: bool, plan_passes: bool
+) -> None:
+    for options, good in (((), passes), (("--check",), plan_passes)):
+        ended, told = gate(tmp_path, answer, code, *options, said=said)
+        assert (ended == 0) is good, told
 
 
 # ------------------------------------------------------------------ how many may be out

@@ -343,6 +343,8 @@ ENGINE = """#!/bin/sh
 cat >FOLDER/thresholds
 echo "$@" >>FOLDER/worked
 cat FOLDER/answer
+[ -e FOLDER/end ] && . FOLDER/end
+true
 """
 SOUND = {"tier": 1, "healthy": True, "findings": [], "measured": {"busbw_gbs": 310.0}}
 SICK_FINDING = {"check": "memory", "severity": "error", "subject": "GPU 3", "problem": "a word", "fix": "Exchange it."}
@@ -467,13 +469,103 @@ def test_a_sick_host_is_quarantined_and_an_older_pass_is_void(gate: Gate) -> Non
     assert gate.run()[1]["ran"]
 
 
-@pytest.mark.parametrize("said", ["", "Segmentation fault\n", "{}", '{"healthy": "yes"}', "[]"])
-def test_no_answer_is_no_pass(gate: Gate, said: str) -> None:
+@pytest.mark.parametrize(
+    ("said", "end", "sick"),
+    [
+        # The engine's environment: no image, no Python, no torch, a library that is missing, a wrong option.
+        *[("", f"exit {code}", False) for code in (1, 2, 125, 126, 127)],
+        *[(said, "exit 0", False) for said in ("", "{}", '{"healthy": "yes"}', "[]")],
+        ("Traceback (most recent call last):\n", "exit 1", False),
+        # Somebody stopped it.
+        ("", "kill -TERM $$", False),
+        ("", "exit 143", False),
+        # A GPU that brings its process down; docker and runuser say it as 128 and the signal.
+        ("", "kill -SEGV $$", True),
+        ("", "kill -KILL $$", True),
+        ("", "exit 139", True),
+        ("", "exit 137", True),
+    ],
+)
+def test_no_answer_is_no_pass_and_only_the_gpus_own_faults_quarantine(
+    gate: Gate, said: str, end: str, sick: bool
+) -> None:
     gate.answer(said)
+    (gate.folder / "end").write_text(f"echo no such library >&2; {end}\n")
     code, answer = gate.run()
-    assert (code, answer["healthy"]) == (1, False)
-    assert "gave no answer, exit code 0" in answer["findings"][0]["problem"]
-    assert (gate.folder / "found").exists()
+    assert (code, bool(gate.worked())) == (1 if sick else 2, True)
+    told = answer["findings"][0]["problem"] if sick else gate.said
+    assert "gave no answer, exit code" in told
+    assert "no such library" in told
+    assert (gate.folder / "found").exists() is sick
+    assert sick or "playbooks/images.yml" in gate.said
+    # Once it is mended, it is tested again: neither noted a pass.
+    (gate.folder / "end").unlink()
+    gate.answer(SOUND)
+    assert gate.run()[1]["ran"]
+
+
+def test_a_test_that_does_not_end_quarantines(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier1, "DISCOVERY_S", -120)
+    gate.config["timeout_s"] = 0.2
+    (gate.folder / "engine").write_text("#!/bin/sh\nexec sleep 600\n")
+    answer = tier1.work_here(gate.config)
+    assert answer["healthy"] is False
+    assert "exit code 124" in answer["findings"][0]["problem"]
+
+
+@pytest.mark.parametrize("broken", ["no lock file", "no image", "no dockerd", "no Python", "no library"])
+def test_a_host_whose_software_is_not_there_is_refused_and_not_quarantined(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """A program stands for docker; the words are those of Docker 20.10."""
+    said = {
+        "no image": "Error: No such image: clusterkit/vllm:current",
+        "no dockerd": "Cannot connect to the Docker daemon at unix:///var/run/docker.sock.",
+    }.get(broken)
+    if said:
+        (gate.folder / "docker").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        (gate.folder / "docker").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{gate.folder}:{os.environ['PATH']}")
+        gate.config["image"] = "clusterkit/vllm:current"
+    elif broken == "no lock file":
+        (gate.folder / "lock.json").unlink()
+    elif broken == "no library":
+        (gate.folder / "gpus.py").write_text("import no_such_module\n")
+    else:
+        (gate.folder / "engine").unlink()
+    code, answer = gate.run()
+    assert (code, answer, gate.worked()) == (2, {}, [])
+    assert not (gate.folder / "found").exists()
+    assert (said or {"no lock file": "lock.json", "no library": "no_such_module"}.get(broken, "engine")) in gate.said
+    assert "deploy the host again" in gate.said if broken == "no library" else "run this again" in gate.said
+
+
+@pytest.mark.parametrize(
+    ("torch", "told"),
+    [
+        ("import no_such_library", "No module named 'no_such_library'"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal 11"),
+        ("import os; os._exit(3)", "code 3"),
+        (
+            "class version: hip = cuda = None\n__version__ = '2.9.0+cpu'",
+            "torch 2.9.0+cpu is built for CPUs alone",
+        ),
+    ],
+)
+def test_a_torch_that_cannot_be_used_is_no_finding_about_gpus(tmp_path: Path, torch: str, told: str) -> None:
+    (tmp_path / "torch.py").write_text(torch)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(FILES / "gpu-tier1"), "--expect", "8"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "torch cannot be imported: " in done.stderr
+    assert told in done.stderr
+    # One that works, and sees no GPUs, has something to say of them.
+    sound = "class version: hip, cuda = '7.2', None\n__version__ = '2.9.0'\nclass cuda: device_count = lambda: 0"
+    (tmp_path / "torch.py").write_text(sound)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "sees 0 GPUs, 8 wanted" in json.loads(done.stdout)["findings"][0]["problem"]
 
 
 def test_the_agent_takes_what_the_gate_hands_over(gate: Gate) -> None:
@@ -592,11 +684,17 @@ def test_tier1_as_the_role_runs_it(gate: Gate) -> None:
     code, told = play(gate, "tier1")
     assert code == 0, told
     assert "changed=0" in told
-    # An image that is not there: no answer, and so no pass.
+    # An image that is not there says nothing of the GPUs.
     code, told = play(gate, "tier1", gpu_health_runtime="container", gpu_health_accelerator="cuda")
     assert code == 2
+    assert "The GPUs of localhost were not tested, and it is not in quarantine: the image" in told
+    assert "playbooks/images.yml" in told
+    assert not (gate.folder / "found").exists()
+    gate.answer(SICK)
+    code, told = play(gate, "tier1", gpu_health_tier1_force=True)
+    assert code == 2
     assert "localhost is in quarantine" in told
-    assert "error: host: the test of the GPUs gave no answer" in told
+    assert "error: GPU 3: a word. Exchange it." in told
     assert json.loads((gate.folder / "found").read_text())["owner"] == "gpu_health"
 
 

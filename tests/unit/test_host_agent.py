@@ -245,6 +245,20 @@ def test_a_release_ends_both_and_says_what_it_lifted(host: Host) -> None:
     assert host.call("start")[0] == 0
 
 
+def test_a_host_without_ray_can_be_looked_at_kept_out_and_stopped(host: Host) -> None:
+    """A sick GPU is found before ray_node comes; `remove` has to work there too."""
+    (host.folder / "launcher").unlink()
+    host.write_record(quarantine={"reason": "ECC errors"})
+    code, answer = host.call("status")
+    assert (code, answer["state"], answer["held"]) == (0, "stopped", "in quarantine: ECC errors")
+    code, answer = host.call("stop")
+    assert (code, answer["changed"]) == (0, False)
+    assert host.call("drain")[1]["drained"] is True
+    host.call("release")
+    code, answer = host.call("start")
+    assert (code, "there is no launcher" in answer["reason"]) == (1, True)
+
+
 def test_a_release_of_one_leaves_the_other(host: Host) -> None:
     entries = {"quarantine": {"reason": "ECC errors"}, "maintenance": {"owner": "kim", "reason": "new fan"}}
     host.write_record(**entries)
