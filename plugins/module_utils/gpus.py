@@ -37,8 +37,11 @@ VENDORS = {
     "amd": {"name": "AMD", "pci": "0x1002", "module": "amdgpu"},
     "nvidia": {"name": "NVIDIA", "pci": "0x10de", "module": "nvidia"},
 }
-# Display controllers, and processing accelerators (an MI300X is one).
-GPU_CLASS = re.compile(r"0x(03|1200)")
+# PCI classes: display controllers, and processing accelerators (an MI300X is one). An AMD device of the class VGA is
+# the board's or the processor's own graphics.
+GPU_CLASSES = {"amd": ("0x0380", "0x0302", "0x12"), "nvidia": ("0x0300", "0x0302", "0x12")}
+# A bridge of another kind, which is what an NVSwitch says that it is.
+SWITCH_CLASSES = {"nvidia": ("0x0680",)}
 
 # ray 2.60.0, ray/_private/accelerators/amd_gpu.py: what a node of such a device announces.
 RAY_AMD = {
@@ -1081,8 +1084,11 @@ def read_file(*path):
         return None
 
 
-def devices(root):
-    """GPUs on the PCI bus: {address: {vendor, device_id, driver, folder}}; None where the bus cannot be read."""
+def devices(root, classes=GPU_CLASSES):
+    """GPUs on the PCI bus, or what else has such a class, whatever a driver thinks of them.
+
+    {address: {vendor, device_id, driver, folder}}; None where the bus cannot be read.
+    """
     top = os.path.join(root, "sys/bus/pci/devices")
     try:
         names = sorted(os.listdir(top))
@@ -1093,7 +1099,7 @@ def devices(root):
         folder = os.path.join(top, name)
         kind = read_file(folder, "vendor")
         vendor = next((key for key, facts in VENDORS.items() if facts["pci"] == kind), None)
-        if vendor and GPU_CLASS.match(read_file(folder, "class") or ""):
+        if vendor and (read_file(folder, "class") or "").startswith(classes.get(vendor, ())):
             driver = os.path.join(folder, "driver")
             found[address(name) or name] = {
                 "vendor": vendor,

@@ -79,6 +79,14 @@ apps:
   description: Each app with C(name), C(state), C(message), C(base_url), C(replicas).
   returned: always
   type: list
+running:
+  description: Replicas of all apps that run.
+  returned: always
+  type: int
+coming:
+  description: Replicas that neither run nor are being stopped; at 0 Serve has what it wants by now.
+  returned: always
+  type: int
 checks:
   description: Each with C(name), C(ok), C(detail), C(seconds).
   returned: always
@@ -192,6 +200,15 @@ def read_apps(url, token, wanted, nodes, serve_port, head_ip):
     for node_id, proxy in (data.get("proxies") or {}).items():
         proxies[node_id] = {"node_ip": proxy.get("node_ip", ""), "status": proxy.get("status", "")}
     return apps, proxies
+
+
+def tally(apps):
+    """How many replicas run, and how many are still to."""
+    states = [replica["state"] for app in apps for replica in app["replicas"]]
+    return {
+        "running": states.count("RUNNING"),
+        "coming": sum(state not in ("RUNNING", "STOPPING") for state in states),
+    }
 
 
 def chat(base, model, timeout):
@@ -411,6 +428,7 @@ def main():
     given = module.params
     checks = Checks()
     result = {"changed": False, "reachable": False, "nodes": [], "apps": [], "checks": checks.list, "answer": None}
+    result.update(tally([]))
     try:
         with open(given["token_file"]) as handle:
             token = handle.read().strip()
@@ -427,6 +445,7 @@ def main():
             given["url"], token, given["apps"], result["nodes"], given["serve_port"], given["head_ip"]
         )
         result["apps"], result["proxies"] = apps, proxies
+        result.update(tally(apps))
     except (Unreachable, KeyError, TypeError) as error:
         checks.fail("head", str(error))
         finish(module, result)

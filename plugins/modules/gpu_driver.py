@@ -117,13 +117,13 @@ import shutil
 import subprocess
 import tempfile
 
+from ansible.module_utils import secure_boot
 from ansible.module_utils.basic import AnsibleModule
 
 ROOT = "/"
 # An SSH session's PATH can lack them.
 SBIN = ":/usr/sbin:/sbin"
 # DKMS signs with the first of them that is there: Ubuntu's, its own.
-KEYS = ("/var/lib/shim-signed/mok/MOK.der", "/var/lib/dkms/mok.pub")
 # In this order a file hides one of the same name (modprobe.d(5)).
 MODPROBE = ("/etc/modprobe.d", "/run/modprobe.d", "/usr/lib/modprobe.d", "/lib/modprobe.d")
 # NVIDIA/open-gpu-kernel-modules #567: the open modules' package for EL had a name of its own.
@@ -237,7 +237,7 @@ def kept_away(facts, wanted, kernel):
         )
     secure, disk = facts["secure_boot"], facts["on_disk"].get(kernel)
     if secure["enabled"] and disk:
-        key = secure["key"] or KEYS[-1]
+        key = secure["key"] or secure_boot.KEYS[-1]
         enrol = "mokutil --import %s, reboot, and confirm at the console; or switch Secure Boot off in the BIOS" % key
         if not disk["signer"]:
             text = "Secure Boot rejects %s: it is not signed" % disk["path"]
@@ -480,35 +480,6 @@ def blacklists(module, cmdline):
     return found
 
 
-def secure_boot():
-    """{enabled, key, enrolled, pending}; enabled and enrolled are None where nobody can tell."""
-    key = next((path for path in KEYS if os.path.exists(at(path))), None)
-    _, out, _ = run("mokutil", "--sb-state")
-    enabled = None
-    if "SecureBoot enabled" in out:
-        enabled = "validation is disabled" not in out
-    elif "SecureBoot disabled" in out:
-        enabled = False
-    elif not os.path.isdir(at("/sys/firmware/efi")):
-        enabled = False
-    else:
-        for path in glob.glob(at("/sys/firmware/efi/efivars/SecureBoot-*")):
-            with open(path, "rb") as handle:
-                # Four bytes of attributes, then the value (UEFI specification, Globally Defined Variables).
-                enabled = handle.read()[4:5] == b"\x01"
-    enrolled, pending = None, False
-    if enabled and key:
-        # Its exit code means the opposite in older releases; the words are the same.
-        _, out, error = run("mokutil", "--test-key", at(key))
-        said = out + error
-        pending = "in the enrollment request" in said
-        if pending or "is not enrolled" in said:
-            enrolled = False
-        elif "is already enrolled" in said or "built-in trusted keyring" in said:
-            enrolled = True
-    return {"enabled": enabled, "key": key, "enrolled": enrolled, "pending": pending}
-
-
 def loaded_module(module):
     folder = "/sys/module/" + module
     state = text_of(folder + "/initstate")
@@ -555,7 +526,7 @@ def observe(wanted, marker):
     facts["make_log"] = make_log(facts["dkms"], wanted["builds"])
     facts["headers"] = [kernel for kernel in kernels if os.path.exists(at("/lib/modules/%s/build" % kernel))]
     facts["blacklists"] = blacklists(module, cmdline)
-    facts["secure_boot"] = secure_boot()
+    facts["secure_boot"] = secure_boot.read(ROOT)
     holder = module == "nvidia" and loaded_module("nouveau")
     facts["nouveau"] = {"blocked": bool(blacklists("nouveau", cmdline))} if holder else None
     return facts

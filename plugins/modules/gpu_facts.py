@@ -7,6 +7,7 @@ short_description: The GPUs of a host, compared with what is declared
 description:
   - Reads AMD and NVIDIA GPUs in one shape and changes nothing, in check mode or not.
   - A difference between declared and seen is a finding, not a failure; the caller decides what follows from it.
+  - For plays of a site and `ansible -m gpu_facts`. The gate (role C(gpu_health)) reads through the same library.
 author:
   - clusterkit
 options:

@@ -83,6 +83,7 @@ import shutil
 import socket
 import subprocess
 
+from ansible.module_utils import gpus, secure_boot
 from ansible.module_utils.basic import AnsibleModule
 
 ASK_PYTHON = """
@@ -283,50 +284,30 @@ def _ours(pid, command, owner_path):
     return any((path + "/").startswith(owner_path + "/") for path in _open_files(str(pid)))
 
 
-VENDORS = {"amd": ("0x1002", "amdgpu"), "nvidia": ("0x10de", "nvidia")}
-# PCI base classes: display controllers and processing accelerators. An AMD device of the class VGA is the board's
-# or the processor's own graphics.
-GPU_CLASSES = {"amd": ("0x0380", "0x0302", "0x12"), "nvidia": ("0x0300", "0x0302", "0x12")}
 BOOT_MIB = 300
-
-
-def _text(*path):
-    try:
-        with open(os.path.join(*path)) as handle:
-            return handle.read().strip()
-    except OSError:
-        return ""
-
-
-def gpu_addresses(vendor, root="/"):
-    """PCI addresses of the vendor's GPUs, driver or not."""
-    folder = os.path.join(root, "sys/bus/pci/devices")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [
-        name
-        for name in names
-        if _text(folder, name, "vendor") == VENDORS[vendor][0]
-        and _text(folder, name, "class").startswith(GPU_CLASSES[vendor])
-    ]
 
 
 def check_gpus(vendor, wanted, root="/"):
     """What the inventory declares against what is on the bus; a driver is not asked for yet."""
     if not vendor or not wanted:
         return []
-    there = gpu_addresses(vendor, root)
+    there = [address for address, device in (gpus.devices(root) or {}).items() if device["vendor"] == vendor]
     if len(there) == wanted:
         return []
     problem = "%d of %d %s GPUs are on the PCI bus%s" % (
         len(there),
         wanted,
-        {"amd": "AMD", "nvidia": "NVIDIA"}[vendor],
+        gpus.VENDORS[vendor]["name"],
         ": " + ", ".join(there) if there else "",
     )
     fix = (
         "set clusterkit_gpus to what the host has, or look for the missing: power off and on, reseat it, ask the vendor"
     )
-    if vendor == "amd" and 0 < len(there) < wanted and "pci=realloc=off" not in _text(root, "proc/cmdline"):
+    if (
+        vendor == "amd"
+        and 0 < len(there) < wanted
+        and "pci=realloc=off" not in (gpus.read_file(root, "proc/cmdline") or "")
+    ):
         fix = (
             "add pci=realloc=off to the kernel's command line and reboot: in GRUB_CMDLINE_LINUX of /etc/default/grub, "
             "then `update-grub`, or on EL `grubby --update-kernel=ALL --args=pci=realloc=off`. rocm_host sets it too, "
@@ -335,30 +316,17 @@ def check_gpus(vendor, wanted, root="/"):
     return [finding("GPUs", problem, fix)]
 
 
-def secure_boot(root="/"):
-    """Whether the firmware loads signed code only; the last of the variable's five bytes says so."""
-    path = os.path.join(root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
-    try:
-        with open(path, "rb") as handle:
-            return handle.read()[-1:] == b"\x01"
-    except OSError:
-        return False
-
-
 def check_secure_boot(vendor, root="/"):
     """DKMS signs what it builds with its own key: where that is not enrolled, the kernel refuses the driver."""
-    if not vendor or not secure_boot(root):
+    if not vendor:
         return []
-    # The order in which DKMS takes them: Ubuntu's own first.
-    keys = [os.path.join(root, path) for path in ("var/lib/shim-signed/mok/MOK.der", "var/lib/dkms/mok.pub")]
-    there = [key for key in keys if os.path.exists(key)]
-    for key in there:
-        done = subprocess.run(["mokutil", "--test-key", key], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if b"already enrolled" in done.stdout:
-            return []
+    found = secure_boot.read(root)
+    if not found["enabled"] or found["enrolled"]:
+        return []
+    keys = [secure_boot.under(root, key) for key in secure_boot.KEYS]
     enrol = "`mokutil --import %s`, reboot, confirm in MokManager at the console"
-    if there:
-        fix = "enrol the key: " + enrol % there[0]
+    if found["key"]:
+        fix = "enrol the key: " + enrol % secure_boot.under(root, found["key"])
     else:
         # dkms-project/dkms #424; before it, DKMS makes its key at its first build, which comes after this check.
         fix = (
@@ -378,7 +346,11 @@ def check_secure_boot(vendor, root="/"):
 def check_boot_space(vendor, root="/"):
     """A driver's initramfs lies in /boot; where it does not fit, the next boot has none."""
     boot = os.path.join(root, "boot")
-    if not vendor or not os.path.isdir(boot) or os.path.isdir(os.path.join(root, "sys/module", VENDORS[vendor][1])):
+    if (
+        not vendor
+        or not os.path.isdir(boot)
+        or os.path.isdir(os.path.join(root, "sys/module", gpus.VENDORS[vendor]["module"]))
+    ):
         return []
     free = shutil.disk_usage(boot).free // 1024**2
     if free >= BOOT_MIB:

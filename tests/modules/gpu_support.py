@@ -7,16 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ansible.module_utils
+from ansible.module_utils import gpus
 
 from tests.modules.conftest import ROOT
-
-MODULE_UTILS = ROOT / "plugins/module_utils"
-if str(MODULE_UTILS) not in ansible.module_utils.__path__:
-    # As on a target, where Ansible packs both into one.
-    ansible.module_utils.__path__.append(str(MODULE_UTILS))
-
-from ansible.module_utils import gpus  # noqa: E402
 
 FIXTURES = ROOT / "tests/modules/fixtures/gpu"
 MI300X = FIXTURES / "constructed_mi300x_x8"

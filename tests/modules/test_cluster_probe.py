@@ -216,6 +216,17 @@ def test_inside_a_deploy_each_proxy_is_asked_once(look: Callable[..., Json], ray
     assert ray.asked == {W1: 2, W2: 2}
 
 
+def test_replicas_are_counted(look: Callable[..., Json], ray: FakeRay, tmp_path: Path) -> None:
+    found = look(probe="none")
+    assert (found["running"], found["coming"]) == (2, 0)
+    first, second = ray.deployments[SERVER]["replicas"]
+    first["state"], second["state"] = "STARTING", "STOPPING"
+    found = look(probe="none")
+    assert (found["running"], found["coming"]) == (0, 1)
+    found = look(probe="none", token_file=str(tmp_path / "none"))
+    assert (found["reachable"], found["running"], found["coming"]) == (False, 0, 0)
+
+
 def test_only_reading_asks_nobody(look: Callable[..., Json], ray: FakeRay) -> None:
     seen = look(probe="none")
     assert (seen["reachable"], seen["checks"], seen["answer"]) == (True, [], None)

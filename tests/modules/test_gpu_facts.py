@@ -1020,3 +1020,23 @@ def test_as_ansible_runs_it(bin_: Path, tmp_path: Path) -> None:
     seen = json.loads(done.stdout[done.stdout.index("{") :])
     assert len(seen["gpus"]) == 8
     assert [finding["check"] for finding in seen["findings"]] == ["gpu-count"]
+
+
+def test_gpus_and_switches_are_told_apart_on_the_bus(tmp_path: Path) -> None:
+    kinds = {
+        "07": ("0x10de", "0x068000"),
+        "08": ("0x10de", "0x060400"),
+        "09": ("0x1b36", "0x068000"),
+        "1b": ("0x10de", "0x030200"),
+        "2c": ("0x1002", "0x120000"),
+        # The graphics of the processor.
+        "2d": ("0x1002", "0x030000"),
+    }
+    for number, (vendor, kind) in kinds.items():
+        folder = tmp_path / f"sys/bus/pci/devices/0000:{number}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(vendor + "\n")
+        (folder / "class").write_text(kind + "\n")
+    assert sorted(gpus.devices(str(tmp_path))) == ["0000:1b:00.0", "0000:2c:00.0"]
+    assert list(gpus.devices(str(tmp_path), gpus.SWITCH_CLASSES)) == ["0000:07:00.0"]
+    assert gpus.devices(str(tmp_path / "nowhere")) is None

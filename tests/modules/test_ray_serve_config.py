@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.modules.conftest import load_module
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -21,16 +21,7 @@ TOKEN = "0123456789abcdef"
 Json = dict[str, Any]
 
 
-def load_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ray_serve_config", ROOT / "plugins/modules/ray_serve_config.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-serve = load_module()
+serve = load_module("ray_serve_config")
 
 
 def recorded(name: str) -> Any:

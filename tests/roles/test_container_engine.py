@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import pytest
 import yaml
 
 from clusterkit import lab
+from tests.support import Run
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -80,20 +79,6 @@ gpg --armor --export >gpg
 systemd-run -q --unit repository --working-directory /root/r /usr/bin/python3 -m http.server 8099
 until python3 -c 'import socket; socket.create_connection(("127.0.0.1", 8099))'; do sleep 0.1; done
 """
-
-
-@dataclass
-class Run:
-    """What ansible-playbook said."""
-
-    code: int
-    text: str
-
-    @property
-    def changed(self) -> int:
-        found = re.search(r"changed=(\d+)", self.text)
-        assert found, self.text
-        return int(found.group(1))
 
 
 class Host:

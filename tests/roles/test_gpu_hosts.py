@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import yaml
 
 from clusterkit import lab
 from tests.roles.gpu_repository import GRUB, Shop, archive
+from tests.support import Run as AnsibleRun
 
 pytestmark = [
     pytest.mark.docker,
@@ -96,17 +96,8 @@ print('{"changed": true}')
 """
 
 
-@dataclass
-class Run:
-    """What ansible-playbook said."""
-
-    text: str
-
-    @property
-    def changed(self) -> int:
-        found = re.search(r"changed=(\d+)", self.text)
-        assert found, self.text
-        return int(found.group(1))
+class Run(AnsibleRun):
+    """And whether it leaves a reboot to the play that may do it."""
 
     @property
     def waits_for_reboot(self) -> bool:
@@ -165,7 +156,7 @@ class Host:
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         text = done.stdout + done.stderr
         assert (done.returncode == 0) is ok, text
-        return Run(text)
+        return Run(done.returncode, text)
 
     def rocm(self, *options: str, **more: Any) -> Run:
         return self.play("rocm_host", *options, **more)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import secrets
@@ -14,10 +12,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.support import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "roles/gpu_health/files"
@@ -135,18 +134,9 @@ def test_no_gcs_and_a_wrong_token_are_said(head: Head) -> None:
     assert "address is missing" in head.ask("a", code=2, address=None)["reason"]
 
 
-def program() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("gpu_health_program", str(FILES / "gpu-health"))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="asks dockerd and becomes the node's user, as the timer does")
 def test_the_timer_asks_from_a_container_of_its_own(head: Head) -> None:
-    tool = program()
+    tool = load_script(FILES / "gpu-health")
     slot = {
         "runtime": "container",
         "image": head.image,

@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.support import Run
 
 pytestmark = pytest.mark.slow
 
@@ -68,20 +69,6 @@ ExecStart=/bin/sh -c 'insmod /var/lib/dkms/ckstandin/1.0/*/x86_64/module/ckstand
 [Install]
 WantedBy=sysinit.target
 """
-
-
-@dataclass
-class Run:
-    """What ansible-playbook said."""
-
-    code: int
-    text: str
-
-    @property
-    def changed(self) -> int:
-        found = re.search(r"changed=(\d+)", self.text)
-        assert found, self.text
-        return int(found.group(1))
 
 
 class Guest:

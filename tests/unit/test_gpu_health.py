@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.machinery
-import importlib.util
 import json
 import os
 import pwd
@@ -12,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from test_host_agent import AGENT, PYTHON, Host
+
+from tests.support import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "roles/gpu_health/files"
@@ -26,16 +25,7 @@ BOOT = "0f4ac8fe-1a8e-4c5b-8f0d-2b1c6a000001"
 Json = dict[str, Any]
 
 
-def load(name: str) -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_"), str(FILES / name))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-tool, places = load("gpu-health"), load("pool-slot")
+tool, places = load_script(FILES / "gpu-health"), load_script(FILES / "pool-slot")
 THRESHOLDS = json.loads((FILES / "gpu-thresholds.json").read_text())
 PATTERNS = json.loads((FILES / "gpu-log-patterns.json").read_text())
 ADDRESSES = [f"0000:{bus}:00.0" for bus in ("05", "26", "46", "65", "85", "a6", "c5", "e5")]
@@ -455,18 +445,6 @@ def test_a_site_can_switch_the_check_of_the_links_off() -> None:
         assert verdict.findings == []
         assert "links" not in verdict.judged
         assert "gpu_health_limits" in {entry["check"]: entry["why"] for entry in verdict.not_judged()}["links"]
-
-
-def test_switches_are_counted_on_the_bus(tmp_path: Path) -> None:
-    kinds = {"07": ("0x10de", "0x068000"), "08": ("0x10de", "0x060400"), "09": ("0x1b36", "0x068000"),
-             "1b": ("0x10de", "0x030200")}  # fmt: skip
-    for number, (vendor, kind) in kinds.items():
-        folder = tmp_path / f"sys/bus/pci/devices/0000:{number}:00.0"
-        folder.mkdir(parents=True)
-        (folder / "vendor").write_text(vendor + "\n")
-        (folder / "class").write_text(kind + "\n")
-    assert tool.on_the_bus(str(tmp_path), "nvidia", tool.NVSWITCH_CLASS) == 1
-    assert tool.on_the_bus(str(tmp_path), "nvidia") == 1
 
 
 # ------------------------------------------------------------------ counters

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import random
@@ -11,11 +9,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.support import load_script
 
 Json = dict[str, Any]
 
@@ -26,16 +25,7 @@ LINES: Json = json.loads((FILES / "acceptance.json").read_text())
 MI300X = "AMD-Instinct-MI300X-OAM"
 
 
-def load(name: str) -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_"), str(FILES / name))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-acceptance, tier1 = load("gpu-acceptance"), load("gpu-tier1")
+acceptance, tier1 = load_script(FILES / "gpu-acceptance"), load_script(FILES / "gpu-tier1")
 
 
 def output(name: str) -> str:

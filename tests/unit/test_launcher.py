@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.machinery
-import importlib.util
 import itertools
 import json
 import os
@@ -17,25 +15,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.support import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "roles/ray_node/files/ray-node"
 
 
-def load_script(path: Path, name: str) -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader(name, str(path))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-ray_node = load_script(LAUNCHER, "ray_node")
+ray_node = load_script(LAUNCHER)
 
 PORTS = {
     "gcs": 6379,
