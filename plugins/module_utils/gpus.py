@@ -30,6 +30,7 @@ import xml.etree.ElementTree as ElementTree
 
 TIMEOUT_S = 30
 SILENT = "the tool lists none"
+NO_TOOL = "there is no "
 # What a `run` returns as a shell would: the program did not answer in time, or is not there.
 HUNG, ABSENT = 124, 127
 
@@ -1146,7 +1147,7 @@ def why_none(vendor, found, root, present, said):
         return "%s, and %s holds them, not the loaded %s" % (what, holder, facts["module"])
     if not present:
         tool = "amd-smi or Python package amdsmi" if vendor == "amd" else "nvidia-smi"
-        return "%s, and there is no %s" % (what, tool)
+        return "%s, and %s%s" % (what, NO_TOOL, tool)
     return "%s, and %s" % (what, said or SILENT)
 
 
@@ -1190,8 +1191,8 @@ def read(run=None, root="/", vendor="any", timeout=TIMEOUT_S):
         else:
             why = why_none(name, found, root, present, told[0] if told else None)
             reasons.append(why)
-            if found and why and why.endswith(SILENT):
-                # The driver holds them: rather output that cannot be read than GPUs that are gone.
+            if found and why and (why.endswith(SILENT) or NO_TOOL in why):
+                # The driver holds them: rather nobody who can tell than GPUs that are gone.
                 told.append(why)
         problems += told
     reason = None

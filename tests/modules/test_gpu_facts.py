@@ -665,10 +665,13 @@ def test_another_driver_holds_them(bin_: Path, root: Path) -> None:
 def test_no_tool(bin_: Path, root: Path) -> None:
     bus(root, BDF, **AMD, driver="amdgpu")
     bus(root, H100_BDF[:1], **NVIDIA, driver="nvidia")
-    assert call(facts)["reason"] == (
+    seen = call(facts)
+    assert seen["reason"] == (
         "8 AMD GPU(s) on the PCI bus (0x74a1), and there is no amd-smi or Python package amdsmi; "
         "1 NVIDIA GPU(s) on the PCI bus (0x2330), and there is no nvidia-smi"
     )
+    # GPUs that nobody can ask about are not GPUs that are gone.
+    assert seen["problems"] == seen["reason"].split("; ")
 
 
 def test_a_tool_that_fails(bin_: Path, root: Path) -> None:

@@ -149,6 +149,12 @@ def all_lost(host: Json) -> None:
     host["log"] = [(NOW, "Linux version 6.8.0")]
 
 
+def no_tool(host: Json) -> None:
+    """What gpus.read says of GPUs that the driver holds, on a host without the vendor's tool."""
+    words = "8 AMD GPU(s) on the PCI bus (0x74a1), and there is no amd-smi or Python package amdsmi"
+    host["reading"].update(gpus=[], reason=words, problems=[words])
+
+
 def device(name: str, count: int) -> Callable[[Json], None]:
     return lambda host: host["devices"].update({name: count})
 
@@ -170,6 +176,8 @@ FAULTS = {
     "a dead GPU that left the bus": ("amd", lose_gpu(7), "gpu_count", "error", "error", "host", "reseat"),
     "a GPU that the driver gave up": ("amd", lose_gpu(8), "gpu_count", "error", "error", "host", "driver"),
     "no driver": ("amd", all_lost, "gpu_count", "error", "error", "host", "driver"),
+    # It would put a whole pool in quarantine; the count is left to the bus.
+    "no tool": ("amd", no_tool, "tool_output", "error", "warning", "host", "deploy to this host again"),
     "a GPU too many": ("amd", lambda host: host["reading"]["gpus"].append({**amd_gpu(7), "index": 8}), "gpu_count",
                        "warning", "warning", "host", "clusterkit_gpus"),
     "another model": ("amd", put("accelerator_type", value="AMD-Instinct-MI325X-OAM"), "accelerator_type", "error",
