@@ -15,7 +15,10 @@ from clusterkit.runner import Event
 
 
 def main() -> None:
-    inventory = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "inventory" / "lab")
+    measure(sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "inventory" / "lab"))
+
+
+def measure(inventory: str) -> None:
     ping = [str(BIN / "ansible"), "ray_head:ray_workers", "-i", inventory, "-m", "ansible.builtin.ping"]
     site = [str(BIN / "ansible-playbook"), "site.yml", "-i", inventory]
     run(*ping)

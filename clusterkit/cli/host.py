@@ -60,7 +60,7 @@ def drain(
     given: Given,
     host: Host,
     reason: Annotated[str, typer.Option("--reason", help="Why, for whoever looks next; at most 200 characters.")],
-    force: Annotated[bool, typer.Option("--force", help="Cut off work that cannot move.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Stop work that cannot move.")] = False,
     inventory: Inventory = None,
     as_json: Json = False,
 ) -> None:

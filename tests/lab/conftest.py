@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import docker
 import docker.errors
 import pytest
 
 from tests.e2e.conftest import run
+
+if TYPE_CHECKING:
+    from tests.lab.gpu_site import Site
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
@@ -108,6 +112,18 @@ def lab_of(docker_engine: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield make
     for lab in made:
         clusterkit("lab", "down", "--name", lab.name, "--inventory", str(lab.inventory))
+
+
+@pytest.fixture(scope="module")
+def site(lab_of: Maker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Two workers with GPUs, of a kind. See gpu_site.py."""
+    missing = [tool for tool in ("gpg", "dpkg-deb") if not shutil.which(tool)]
+    if missing:
+        pytest.skip(f"builds and signs packages: needs {', '.join(missing)}")
+    from tests.lab.gpu_site import gpu_site  # it needs this module's names
+
+    with gpu_site(lab_of, tmp_path_factory.mktemp("gpus")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ SNAPSHOT = """
 find /etc /usr/local /opt/clusterkit /var/lib/clusterkit /var/log/clusterkit /var/lib/dpkg /var/lib/apt \
   \\( -name __pycache__ -o -path /var/lib/clusterkit/ray -o -path '*/cache' -o -name '*.log' \\) -prune \
   -o -printf '%p %m %u %g %s %T@ %l\\n' 2>/dev/null | sort | sha256sum
-docker image ls --all --no-trunc --format '{{.Repository}}:{{.Tag}} {{.ID}}' 2>/dev/null
+docker image ls --all --no-trunc --format '{{.Repository}}:{{.Tag}} {{.ID}}' 2>/dev/null | sort
 docker ps --no-trunc --filter name=clusterkit-ray 2>/dev/null | cut -d' ' -f1
 systemctl show clusterkit-ray docker -p MainPID -p UnitFileState -p ActiveState
 getent passwd; cat /proc/sys/net/core/somaxconn

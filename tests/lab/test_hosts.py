@@ -164,6 +164,10 @@ def test_a_drained_host_stays_off_whatever_is_deployed(grown: Cluster) -> None:
     assert f"{second} was not drained" in stuck.stderr
     status = grown.agent(second, "status")
     assert (status["maintenance"], status["state"]) == (None, "running")
+    # Longer than Serve leaves a replica whose node has a deadline.
+    assert engine_home(grown) == second
+    head = next(item for item in grown.status()["nodes"] if item["host"] == "head")
+    check_openai(f"http://{head['node_ip']}:8000/v1")
 
     back = done(host(grown, "add", first))
     assert (back["changed"], set(back["hosts"])) == (True, {first})

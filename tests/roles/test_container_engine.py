@@ -48,7 +48,7 @@ VARIABLES: Json = {
 # Stands for the host agent: writes down what it is asked for, and stops the node as the launcher does.
 AGENT = """
 import subprocess, sys
-word = sys.argv[-1]
+word = " ".join(sys.argv[3:])
 with open("/root/asked", "a") as log:
     log.write(word + "\\n")
 if word == "stop":
@@ -250,7 +250,7 @@ def test_with_consent_the_node_is_stopped_first_and_other_containers_live_on(hos
     assert host.container_started("clusterkit-ray").startswith("true")
 
     assert host.play(daemon=wanted, allow_disruption=True).changed > 0
-    assert host.read("/root/asked").split() == ["drain", "stop"]
+    assert host.read("/root/asked").splitlines() == ["drain --deadline", "stop"]
     assert host.config()["shutdown-timeout"] == 20
     assert host.dockerd() != running
     assert host.container_started("site") == site

@@ -89,7 +89,7 @@ exec docker exec -i {NAME} /bin/sh -c "$command"
 AGENT = """
 import subprocess, sys
 with open("/root/asked", "a") as log:
-    log.write(sys.argv[-1] + "\\n")
+    log.write(" ".join(sys.argv[3:]) + "\\n")
 if sys.argv[-1] == "stop":
     subprocess.run(["systemctl", "stop", "clusterkit-ray.service"], check=True)
 print('{"changed": true}')
@@ -568,7 +568,7 @@ def test_another_driver_waits_while_ray_runs_and_goes_by_consent(host: Host) -> 
 
     host.write("/opt/clusterkit/bin/host-agent", AGENT)
     done = host.cuda(driver_branch="590", allow_disruption=True)
-    assert host.sh("cat /root/asked").split() == ["drain", "stop"]
+    assert host.sh("cat /root/asked").splitlines() == ["drain --deadline", "stop"]
     assert (
         host.versions("nvidia-kernel-open-dkms", "nvidia-persistenced", "nvidia-fabricmanager") == ["590.44.01-1"] * 3
     )

@@ -51,7 +51,7 @@ VARIABLES: Json = {
 # Stands for the host agent: writes down what it is asked for.
 AGENT = """
 import os, sys
-word = sys.argv[-1]
+word = " ".join(sys.argv[3:])
 with open("/root/asked", "a") as log:
     log.write(word + "\\n")
 if word == "stop":
@@ -226,7 +226,7 @@ def test_a_running_node_is_left_without_consent(guest: Guest) -> None:
 def test_a_new_driver_takes_one_reboot(guest: Guest) -> None:
     assert guest.play(role(**DRIVER, allow_disruption=True)).changed > 0
     assert (guest.boots(), guest.loaded()) == (3, "2.0")
-    assert guest.sh("cat /root/asked").split() == ["status", "status", "drain", "stop"]
+    assert guest.sh("cat /root/asked").splitlines() == ["status", "status", "drain --deadline", "stop"]
     again = guest.play(role(**DRIVER, allow_disruption=True))
     assert (again.changed, guest.boots()) == (0, 3)
 

@@ -29,7 +29,7 @@ import json, os, sys
 folder = os.path.dirname(os.path.abspath(sys.argv[0]))
 node, word = folder + "/running", sys.argv[3]
 with open(folder + "/calls", "a") as calls:
-    calls.write(word + "\\n")
+    calls.write(" ".join(sys.argv[3:]) + "\\n")
 if word == "start":
     if os.path.exists(folder + "/broken"):
         print(json.dumps({"failed": True, "reason": "no memory", "log": ["a line"]}))
@@ -141,6 +141,9 @@ def test_the_life_of_a_node(tmp_path: Path, unit: str | None) -> None:
     assert (code, answer["changed"], answer["generation_on_disk"]) == (0, False, "g1")
     code, answer = host.call("drain")
     assert (code, answer["changed"], answer["drained"]) == (0, True, True)
+    assert host.call("drain", "--deadline")[0] == 0
+    assert (tmp_path / "calls").read_text().splitlines()[-2:] == ["drain --deadline", "status"]
+    assert host.call("drain", "--now")[0] == 2
 
     code, answer = host.call("stop")
     assert (code, answer["changed"], answer["state"]) == (0, True, "stopped")
