@@ -37,7 +37,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ _DIFFERS = re.compile(r"(?P<path>/.*) \((?P<keys>(?:content|mode|owner|group)(?:
 
 # Stopping these stops replicas; a converge does it by consent only. An app that is declared anew is its own consent.
 NEEDS_CONSENT = frozenset({"node", "docker", "host"})
+NO_NODE = frozenset({"stopped", "not installed"})
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,10 @@ def plan(events: Iterable[Event], changed: Mapping[str, int] | None = None) -> P
         for host in _planned_hosts(seen, cluster)
     }
     consent = bool(cluster.get("allow_disruption"))
-    disruptions = tuple(_disruptions(changes, cluster, nodes, _replicas(seen, cluster), consent))
+    # Without its driver a host runs no node: the health gate lets none start.
+    idle = {host for host, driver in drivers.items() if driver and driver.get("loaded", driver) is None}
+    idle = {host for host in idle if host not in nodes} | {host for host, node in nodes.items() if node in NO_NODE}
+    disruptions = tuple(_disruptions(changes, cluster, idle, _replicas(seen, cluster), consent))
     return Plan(tuple(changes), disruptions, failed, unreachable, hosts, consent, complete)
 
 
@@ -400,7 +404,7 @@ def _replicas(events: Sequence[Event], cluster: Json) -> dict[str, dict[str, int
 def _disruptions(
     changes: Sequence[Change],
     cluster: Json,
-    nodes: Mapping[str, str],
+    idle: Collection[str],
     replicas: dict[str, dict[str, int]] | None,
     consent: bool,
 ) -> Iterator[Disruption]:
@@ -418,8 +422,7 @@ def _disruptions(
     head = cluster.get("head", {}).get("host")
     for (host, what), because in reasons.items():
         # Where no node runs, there is nothing to stop; a reboot is told all the same.
-        idle = nodes.get(host, "unknown") in {"stopped", "not installed"}
-        if what in {"node", "docker"} and idle:
+        if what in {"node", "docker"} and host in idle:
             continue
         lost = None if replicas is None else dict(replicas.get(host, {}))
         if replicas is not None and host == head and what != "app":
@@ -428,7 +431,9 @@ def _disruptions(
             for on_host in replicas.values():
                 for app, number in on_host.items():
                     lost[app] = lost.get(app, 0) + number
-        yield Disruption(host, what, tuple(dict.fromkeys(because)), lost, what in NEEDS_CONSENT and not idle, consent)
+        yield Disruption(
+            host, what, tuple(dict.fromkeys(because)), lost, what in NEEDS_CONSENT and host not in idle, consent
+        )
     for host, names in apps.items():
         lost = {name: (replicas or {})[host][name] for name in names}
         because = [reason for inner in names.values() for reason in inner]

@@ -101,7 +101,8 @@ def test_with_consent_dockerd_is_restarted_on_one_host_after_the_other(cluster: 
         done = playbook("playbooks/hosts.yml", cluster.inventory, "-e", json.dumps(change), *consent)
         assert done.returncode == 0, done.stdout[-4000:]
         assert all(dockerd(host) != before[host] for host in hosts)
-        assert {cluster.agent(host, "status")["state"] for host in hosts} == {"running"}
+        states = {host: cluster.agent(host, "status") for host in hosts}
+        assert {state["state"] for state in states.values()} == {"running"}, (states, done.stdout[-8000:])
         times = sorted(away(host) for host in hosts)
         assert all(one[1] <= other[0] for one, other in pairwise(times)), times
     finally:

@@ -370,6 +370,16 @@ def test_a_reboot_needs_consent_where_a_node_runs(state: str, needed: bool) -> N
     assert (told.what, told.needs_consent, told.would_happen) == ("host", needed, not needed)
 
 
+@pytest.mark.parametrize(("loaded", "needed"), [({"version": "6.14"}, True), (None, False)])
+def test_a_reboot_needs_consent_where_nobody_could_ask_and_a_driver_is_loaded(
+    loaded: Json | None, needed: bool
+) -> None:
+    change = {"what": "driver", "name": "amdgpu", "wanted": "6.16", "actual": "6.14", "disrupts": ["host"]}
+    seen = event({"changes": [change], "loaded": loaded}, role="rocm_host", task=planning.DRIVER_TASK)
+    (told,) = planning.plan([spec(), seen]).disruptions
+    assert (told.needs_consent, told.would_happen) == (needed, not needed)
+
+
 def test_the_tasks_that_it_knows_by_name_are_there() -> None:
     text = "".join(path.read_text() for path in [*ROOT.glob("playbooks/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")])
     names = (planning.SPEC_TASK, planning.NODE_TASK, planning.SERVE_TASK, planning.DRIVER_TASK, planning.GPUS_TASK)
