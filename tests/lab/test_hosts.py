@@ -159,7 +159,7 @@ def test_a_drained_host_stays_off_whatever_is_deployed(grown: Cluster) -> None:
     assert held[second] is None
 
     # The last worker has nowhere to move its replica to.
-    stuck = host(grown, "drain", second, "--reason", "new disk")
+    stuck = host(grown, "drain", second, "--reason", "new disk", "-e", "drain_timeout_s=120")
     assert stuck.returncode == 1
     assert f"{second} was not drained" in stuck.stderr
     status = grown.agent(second, "status")

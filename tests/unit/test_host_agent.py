@@ -143,7 +143,10 @@ def test_the_life_of_a_node(tmp_path: Path, unit: str | None) -> None:
     assert (code, answer["changed"], answer["drained"]) == (0, True, True)
     assert host.call("drain", "--deadline")[0] == 0
     assert (tmp_path / "calls").read_text().splitlines()[-2:] == ["drain --deadline", "status"]
-    assert host.call("drain", "--now")[0] == 2
+    host.call("drain", "--timeout", "900")
+    assert (tmp_path / "calls").read_text().splitlines()[-2] == "drain --timeout 900"
+    for wrong in (["--now"], ["--timeout"], ["--timeout", "0"], ["--timeout", "1; id"], ["--deadline", "x"]):
+        assert host.call("drain", *wrong)[0] == 2
 
     code, answer = host.call("stop")
     assert (code, answer["changed"], answer["state"]) == (0, True, "stopped")
@@ -548,7 +551,7 @@ def test_a_drained_host_is_empty_off_and_held_and_nobody_else_is_touched(cluster
     assert answer["maintenance"]["reason"] == reason
     assert re.fullmatch(r"\S+@\S+", answer["maintenance"]["owner"])
     assert cluster.host.read_record()["maintenance"] == answer["maintenance"]
-    assert cluster.calls == ["start", "drain", "stop"]
+    assert cluster.calls == ["start", "drain --timeout 900", "stop"]
     again = cluster.playbook(DRAIN, "--limit", "w1", "-e", json.dumps({"drain_reason": "the same"}))
     assert "changed=1" in again.stdout, "its owner may give another reason"
     again = cluster.playbook(DRAIN, "--limit", "w1", "-e", json.dumps({"drain_reason": "the same"}))
