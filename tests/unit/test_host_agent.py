@@ -551,7 +551,7 @@ def test_a_drained_host_is_empty_off_and_held_and_nobody_else_is_touched(cluster
     assert answer["maintenance"]["reason"] == reason
     assert re.fullmatch(r"\S+@\S+", answer["maintenance"]["owner"])
     assert cluster.host.read_record()["maintenance"] == answer["maintenance"]
-    assert cluster.calls == ["start", "drain --timeout 900", "stop"]
+    assert cluster.calls == ["start", "drain", "--timeout", "900", "stop"]
     again = cluster.playbook(DRAIN, "--limit", "w1", "-e", json.dumps({"drain_reason": "the same"}))
     assert "changed=1" in again.stdout, "its owner may give another reason"
     again = cluster.playbook(DRAIN, "--limit", "w1", "-e", json.dumps({"drain_reason": "the same"}))
