@@ -139,3 +139,9 @@ def cluster(docker_engine: None, tmp_path_factory: pytest.TempPathFactory) -> It
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     yield Cluster("clustertest", folder)
     clusterkit("lab", "down", "--name", "clustertest", "--inventory", str(folder))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the one cluster come last: while it runs, every other lab has half of the machine."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: here in item.path.parents and "cluster" in getattr(item, "fixturenames", ()))
