@@ -38,7 +38,7 @@ class Template:
     parameters: type[BaseModel]
     render: Callable[..., dict[str, Any]]
     demand: Callable[..., ReplicaDemand]
-    model_source: Callable[..., dict[str, str] | None]
+    model_source: Callable[..., dict[str, Any] | None]
     openai_api: bool
 
 

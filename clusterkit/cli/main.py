@@ -14,7 +14,7 @@ from rich.table import Table
 
 from clusterkit import operations, workspace
 from clusterkit.cli import host as host_verbs
-from clusterkit.cli import init, lab, output, plan
+from clusterkit.cli import image, init, lab, output, plan
 from clusterkit.cli.options import READS, RUNS, Given, Inventory, Json, takes
 from clusterkit.errors import ClusterkitError, RunFailed, SpecError, UsageError
 from clusterkit.render.variables import variables
@@ -33,6 +33,7 @@ render = typer.Typer(help="Show what would be applied.", no_args_is_help=True)
 app.add_typer(render, name="render")
 app.add_typer(lab.app, name="lab")
 app.add_typer(host_verbs.app, name="host")
+app.add_typer(image.app, name="image")
 app.command()(init.init)
 
 

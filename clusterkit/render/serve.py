@@ -25,10 +25,12 @@ def serve_config(spec: ClusterSpec) -> dict[str, Any]:
 
 
 def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
+    cache = spec.engine_cache(app)
     return app.template.render(
         name=app.name,
         route_prefix=app.facts.route_prefix,
         parameters=app.parameters,
         accelerator=spec.pools[app.pool].facts.accelerator,
         model_path=app.model.path if app.model else "",
+        cache_path=f"{spec.engine_caches}/{cache}" if cache else None,
     )

@@ -47,6 +47,8 @@ def container_runtime(
             f"this release has no recipe for an image of the row {stack.name!r}",
             f"name an image that the hosts pull, set clusterkit_runtime: venv, or use a row that has one: {built}",
         )
+    elif facts.image is None and facts.image_base is None and stack.image is not None and stack.image.from_source:
+        yield from _unpinned_base(stack, place)
     if facts.image is not None and ":" not in facts.image.rpartition("/")[2]:
         yield Finding(
             values.get("image", RawValue()).place(),
@@ -54,6 +56,23 @@ def container_runtime(
             "names no version of the image: what it means would change with every pull",
             "name a tag, or better a digest: registry.example/vllm@sha256:...",
         )
+
+
+def _unpinned_base(stack: Stack, place: Place) -> Iterator[Finding]:
+    """A base without a digest would be another image with every build."""
+    if stack.base_image and stack.base_image_digest:
+        return
+    name = stack.base_image or "NAME"
+    problem = f"{stack.base_image} has no digest in the version table"
+    if not stack.base_image:
+        problem = f"the row {stack.name!r} names no image to build the engine's on"
+    yield Finding(
+        place,
+        "clusterkit_image_base",
+        problem,
+        f"find it: docker pull {name} && docker image inspect --format '{{{{index .RepoDigests 0}}}}' {name}; then set "
+        "clusterkit_image_base: name@sha256:… (or clusterkit_image to an image that the hosts pull)",
+    )
 
 
 def empty_inventory(raw: RawInventory) -> list[Finding]:

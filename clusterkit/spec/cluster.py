@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from clusterkit.spec.facts import Accelerator, AppFacts, ClusterFacts, HostFacts, PoolFacts
-from clusterkit.spec.stacks import Engine, Stack
+from clusterkit.spec.stacks import Engine, Stack, table
 from serve_apps.template import Template
 
 HEAD_NODE_TYPE = "head"
@@ -49,8 +51,12 @@ class Model(_Frozen):
     """Weights that an app needs, and where they lie on a host."""
 
     id: str
-    make: str | None
-    folder: str | None
+    make: str | None = None
+    folder: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    allow_patterns: tuple[str, ...] = ()
+    ignore_patterns: tuple[str, ...] = ()
     path: str
 
 
@@ -95,6 +101,26 @@ class ClusterSpec(_Frozen):
         }
         return [found[path] for path in sorted(found)]
 
+    @property
+    def engine_caches(self) -> str:
+        """Folder on each host for what engines compile: in the one that ray_node gives to Ray's user to keep."""
+        paths = self.facts.paths
+        kept = f"{paths.ray_temp}/cache" if self.facts.runtime == "container" else f"{paths.state}/node/cache"
+        return f"{kept}/engine"
+
+    def engine_cache(self, app: App) -> str | None:
+        """The folder's name for one app: a digest of image, architecture, model and parallelism."""
+        if app.model is None:
+            return None
+        pool = self.pools[app.pool].facts
+        demand = app.template.demand(app.parameters)
+        # Nothing that a release may word anew: another name restarts the replicas.
+        facts = self.facts.model_dump(mode="json", exclude={"image_registry"})
+        image = {name: value for name, value in facts.items() if name.startswith("image")}
+        versions = [self.stack.ray, self.stack.vllm, self.stack.base_image, self.stack.base_image_digest]
+        key = [image, versions, pool.accelerator, pool.gpu_model, app.model.path, demand.gpus, demand.gpus_per_host]
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
     def published(self) -> dict[str, Any]:
         """The fact `clusterkit` that roles read: plain data, no secret in it."""
         facts = self.facts
@@ -102,16 +128,19 @@ class ClusterSpec(_Frozen):
             "name": facts.name,
             "runtime": facts.runtime,
             "image": facts.image,
+            "image_registry": facts.image_registry,
             # What runs Python with Ray in it, in either runtime; made by ray_env or vllm_image.
             "ray_python": facts.paths.root + ("/ray-env/bin/python" if facts.runtime == "venv" else "/bin/ray-python"),
             # A row that brings no engine of its own has an empty one: roles need not ask.
             "stack": {
                 **self.stack.model_dump(mode="json"),
                 "engine": (self.stack.engine or Engine(requirements=(), python=())).model_dump(mode="json"),
+                "image": self._image_recipe(),
             },
             "service_user": facts.service_user,
             "ports": facts.ports.model_dump(),
             "paths": facts.paths.model_dump(),
+            "engine_caches": self.engine_caches,
             "proxy": facts.proxy.model_dump(),
             "mirrors": facts.mirrors.model_dump(),
             "ca_bundle": facts.ca_bundle,
@@ -140,6 +169,36 @@ class ClusterSpec(_Frozen):
             "hosts": {name: self._published_host(host) for name, host in self.hosts.items()},
         }
 
+    def _image_recipe(self) -> dict[str, Any] | None:
+        """What the engine's image is built from: the row's recipe with the site's choices in it."""
+        recipe, facts = self.stack.image, self.facts
+        if recipe is None:
+            return None
+        if not recipe.from_source:
+            return recipe.model_dump(mode="json", exclude={"requirements", "base_recipe"})
+        own = f"{self.stack.base_image}@{self.stack.base_image_digest}".rstrip("@")
+        base = facts.image_base or own
+        models = {pool.facts.gpu_model for pool in self.pools.values() if pool.facts.gpu_model}
+        archs = table().gpu_archs
+        # An image of the site's own, instead of the row's, holds torch itself.
+        same = base.partition("@")[0] == self.stack.base_image
+        return {
+            "recipe": recipe.recipe,
+            "base": base,
+            "base_recipe": recipe.base_recipe if same else "",
+            "source": facts.image_source,
+            "ref": facts.image_ref or f"v{self.stack.vllm}",
+            "vllm": self.stack.vllm,
+            "ray": [f"ray[{self.stack.ray_extra}]=={self.stack.ray}", *recipe.requirements],
+            "archs": facts.image_archs or sorted({archs[model] for model in models if model in archs}, key=_by_number),
+            "unknown_models": [] if facts.image_archs else sorted(models - archs.keys()),
+            "arguments": facts.image_arguments,
+            "patches": facts.image_patches or "",
+            "index_url": facts.mirrors.pypi or "",
+            "ca_bundle": facts.ca_bundle or "",
+            "proxy": facts.proxy.model_dump(),
+        }
+
     def _published_pool(self, pool: Pool) -> dict[str, Any]:
         return {**pool.facts.model_dump(), "hosts": list(pool.hosts), "max": pool.max}
 
@@ -161,5 +220,17 @@ class ClusterSpec(_Frozen):
             "labels": pool.labels if pool else {},
             "fabric_interface": host.facts.fabric_interface,
             # The task that builds an app runs on the head and reads the model's configuration there.
-            "models": [model.model_dump() for model in (self.models() if host.head else self.models(host.pool))],
+            # A head that runs no replica needs no weights for that.
+            "models": [
+                {**model.model_dump(mode="json"), "weights": host.worker}
+                for model in (self.models() if host.head else self.models(host.pool))
+            ],
+            "caches": sorted(
+                {self.engine_cache(app) for app in self.apps if app.model and app.pool == host.pool} - {None}
+            ),
         }
+
+
+def _by_number(arch: str) -> tuple[int, str]:
+    """9.0 before 10.0, gfx942 before gfx950."""
+    return int(arch.partition(".")[0]) if arch[0].isdigit() else 0, arch

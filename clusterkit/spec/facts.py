@@ -7,6 +7,7 @@ Three scopes, three models: `ClusterFacts` (group_vars/all), `PoolFacts` (a chil
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt
@@ -41,6 +42,14 @@ def _ip(value: str) -> str:
         return str(ipaddress.ip_address(value))
     except ValueError:
         raise ValueError("must be an IP address") from None
+
+
+def _without_password(value: str) -> str:
+    if re.match(r"\w+://[^/@]*:[^/@]*@", value):
+        raise ValueError("must not hold a password; give it to git itself (credential helper, .netrc, an SSH key)")
+    if not re.fullmatch(r"\S+", value):
+        raise ValueError("must be a URL or a path without spaces")
+    return value
 
 
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
@@ -92,6 +101,9 @@ class Mirrors(Facts):
     """On-prem mirrors; empty means the public original."""
 
     pypi: str | None = Field(None, description="index URL for pip; none: pip's own configuration")
+    huggingface: Annotated[str, Field(pattern=r"^https?://")] | None = Field(
+        None, description="of weights: a server that speaks the Hub's API (`HF_ENDPOINT`); none: huggingface.co"
+    )
 
 
 class ServeFacts(Facts):
@@ -151,6 +163,26 @@ class ClusterFacts(Facts):
     image: str | None = Field(
         None, description="container runtime: an image that the hosts pull, best by digest; default: built by the kit"
     )
+    image_base: Annotated[str, Field(pattern=r"^[^@\s]+@sha256:[0-9a-f]{64}$")] | None = Field(
+        None, description="image that the engine's is built on, by digest: name@sha256:…; default the stack's"
+    )
+    image_source: Annotated[str, AfterValidator(_without_password)] = Field(
+        "https://github.com/vllm-project/vllm.git",
+        description="vLLM's git repository, or a mirror or folder on the controller; git's own credentials, none here",
+    )
+    image_ref: Annotated[str, Field(pattern=r"^[\w][\w./+-]*$")] | None = Field(
+        None, description="tag, branch or commit of vLLM's source; default the tag of the stack's version"
+    )
+    image_archs: list[Annotated[str, Field(pattern=r"^(gfx[0-9a-f]+|\d+\.\d+[af]?)$")]] = Field(
+        [], description="GPU architectures that the image is built for; default those of the pools' GPU models"
+    )
+    image_arguments: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Annotated[str, Field(pattern=r"^.*$")]] = (
+        Field({}, description="environment of vLLM's build, such as NVCC_THREADS; no secrets: the image names them")
+    )
+    image_patches: AbsolutePath | None = Field(
+        None, description="folder on the controller with *.patch files for vLLM's source, applied by name"
+    )
+    image_registry: str | None = Field(None, description="registry that `image push` brings the engine's image to")
     service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")] = Field(
         "ray", description="the user that runs Ray; made by the role baseline"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -386,11 +388,25 @@ def _with_overrides(stack: Stack, row: Stack) -> Stack:
     return stack.model_copy(update={"engine": row.engine.model_copy(update=changes)})
 
 
-def _model(source: Mapping[str, str], root: str) -> Model:
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", source["id"])
+def _model(source: Mapping[str, Any], root: str) -> Model:
     if "folder" in source:
-        return Model(id=source["id"], make=None, folder=source["folder"], path=source["folder"])
-    return Model(id=source["id"], make=source["make"], folder=None, path=f"{root}/{slug}")
+        return Model(**source, path=source["folder"])
+    return Model(**source, path=f"{root}/{_slug(_model_name(source))}")
+
+
+def _model_name(source: Mapping[str, Any]) -> str:
+    """What tells one made or fetched folder from another; what is in it never changes under its name, so that
+    Serve sees a new model where there is one."""
+    if "make" in source:
+        return str(source["id"])
+    revision = str(source["revision"])
+    name = f"{source['hub']}--{revision[:12] if re.fullmatch('[0-9a-f]{40}', revision) else revision}"
+    chosen = [list(source["allow_patterns"]), list(source["ignore_patterns"])]
+    return f"{name}--{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:8]}" if any(chosen) else name
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "--", name)
 
 
 def _user_path(model: type[BaseModel], loc: Iterable[str | int]) -> tuple[Path, type[BaseModel] | None]:

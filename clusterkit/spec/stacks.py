@@ -32,12 +32,23 @@ class Engine(_Row):
 
 
 class Image(_Row):
-    """How the engine's image is built: a folder of images/vllm/, and what its base holds."""
+    """How the engine's image is built: a folder of images/vllm/, and what it needs.
+
+    From released wheels on Debian: `python` and `glibc` of the base, and its `packages`. From vLLM's source on the
+    row's `base_image`: `requirements` beside Ray, and `base_recipe`, a Dockerfile in vLLM's source that makes a base
+    with torch out of `base_image` where that has none.
+    """
 
     recipe: str
-    python: str
-    glibc: str
+    python: str = ""
+    glibc: str = ""
     packages: tuple[str, ...] = ()
+    requirements: tuple[str, ...] = ()
+    base_recipe: str = ""
+
+    @property
+    def from_source(self) -> bool:
+        return not self.glibc
 
 
 class Driver(_Row):
@@ -69,6 +80,7 @@ class Stack(_Row):
 class StackTable(_Row):
     rows: tuple[Stack, ...]
     ray_llm_extra: dict[str, str]
+    gpu_archs: dict[str, str]
 
     def names(self) -> list[str]:
         return [row.name for row in self.rows]

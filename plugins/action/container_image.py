@@ -36,13 +36,9 @@ class ActionModule(ActionBase):
         recipe = args["recipe"]
         wish = wheels.wish_from({**args["engine"], **args["sources"]})
 
-        def planned(machine: str) -> images.ImagePlan:
-            target = wheels.Target(recipe["python"], recipe["glibc"], machine)
-            return images.ImagePlan(recipe["name"], tuple(recipe["packages"]), wish, target)
-
-        # Almost every host is of the controller's architecture; one that is not is asked again.
         machine = os.uname().machine
-        info = self._module({**base, "state": "info", "inputs": planned(machine).inputs}, task_vars)
+        plan = images.planned(recipe, wish, machine, store=STORE)
+        info = self._module({**base, "state": "info", "inputs": plan.inputs}, task_vars)
         if info.get("failed"):
             return info
         if info["machine"] != machine:
@@ -56,13 +52,13 @@ class ActionModule(ActionBase):
             return self._module({**base, "tag": info["tag"]}, task_vars)
         if self._task.check_mode:
             return self._module({**base, "tag": f"{images.REPOSITORY}-{recipe['name']}:(to be built)"}, task_vars)
-        tag, archive = images.archive(planned(machine), store=STORE, mirror=args.get("mirror") or "")
+        made = images.archive(plan, store=STORE, site=images.Site.of(recipe, debian_mirror=args.get("mirror") or ""))
         if args.get("registry"):
-            name = images.push(tag, args["registry"], archive)
+            name = images.push(made.tag, args["registry"], made.archive)
             return self._module({**base, "tag": name, "pull": True}, task_vars)
         try:
-            (remote,) = transfer.bring(self, archive)
-            return self._module({**base, "tag": tag, "archive": remote}, task_vars)
+            (remote,) = transfer.bring(self, made.archive)
+            return self._module({**base, "tag": made.tag, "archive": remote}, task_vars)
         finally:
             transfer.clear(self)
 

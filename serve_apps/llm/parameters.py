@@ -110,22 +110,34 @@ class FolderModel(_Parameters):
     folder: Annotated[str, AfterValidator(_absolute), Field(description="absolute path on the hosts")]
 
 
+class HubModel(_Parameters):
+    """A repository of the Hugging Face Hub, or of a mirror that speaks its API: fetched once to every host."""
+
+    hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] = Field(
+        description="the repository, such as Qwen/Qwen3-0.6B"
+    )
+    revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w./-]{0,127}$")] = Field(
+        description="a commit (40 characters); a tag or branch is what it was when a host first fetched it"
+    )
+    allow_patterns: tuple[str, ...] = Field((), description="only files that match one of these, such as *.gguf")
+    ignore_patterns: tuple[str, ...] = Field((), description="no file that matches one of these")
+
+
+_SOURCES: dict[str, type[_Parameters]] = {"make": MadeModel, "folder": FolderModel, "hub": HubModel}
+
+
 def _source_kind(value: Any) -> str | None:
-    if isinstance(value, FolderModel):
-        return "folder"
-    if isinstance(value, MadeModel):
-        return "make"
     if isinstance(value, dict):
-        return next((key for key in ("make", "folder") if key in value), None)
-    return None
+        return next((kind for kind in _SOURCES if kind in value), None)
+    return next((kind for kind, model in _SOURCES.items() if isinstance(value, model)), None)
 
 
 ModelSource = Annotated[
-    Annotated[MadeModel, Tag("make")] | Annotated[FolderModel, Tag("folder")],
+    Annotated[MadeModel, Tag("make")] | Annotated[FolderModel, Tag("folder")] | Annotated[HubModel, Tag("hub")],
     Discriminator(
         _source_kind,
         custom_error_type="model_source",
-        custom_error_message="must be {make: tiny-llama} or {folder: /path}",
+        custom_error_message="must be {hub: org/name, revision: commit}, {folder: /path} or {make: tiny-llama}",
     ),
 ]
 
@@ -137,7 +149,8 @@ class LlmParameters(_Parameters):
         description="the name that clients put into `model`"
     )
     model_source: ModelSource = Field(
-        description="where the weights come from: `{make: tiny-llama}` or `{folder: /path}`"
+        description="where the weights come from: `{hub: org/name, revision: commit}`, `{folder: /path}` or "
+        "`{make: tiny-llama}`"
     )
     engine_kwargs: dict[str, Any] = Field(
         {},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from serve_apps.llm.parameters import FolderModel, LlmParameters
+from serve_apps.llm.parameters import LlmParameters
 from serve_apps.template import ReplicaDemand
 
 PARAMETERS = LlmParameters
@@ -25,12 +25,9 @@ def deployment_name(model_id: str, server_class: str | None = None) -> str:
     return f"{server}:{model_id.replace('/', '--').replace('.', '_')}"
 
 
-def model_source(parameters: LlmParameters) -> dict[str, str]:
-    """The weights that the app needs: their id, and what to make or which folder to read."""
-    source = parameters.model_source
-    if isinstance(source, FolderModel):
-        return {"id": parameters.model_id, "folder": source.folder}
-    return {"id": parameters.model_id, "make": source.make}
+def model_source(parameters: LlmParameters) -> dict[str, Any]:
+    """The weights that the app needs: their id, and what to make, which folder to read, or what to fetch."""
+    return {"id": parameters.model_id, **parameters.model_source.model_dump()}
 
 
 def demand(parameters: LlmParameters) -> ReplicaDemand:
@@ -56,14 +53,15 @@ def render(
     parameters: LlmParameters,
     accelerator: Literal["rocm", "cuda", "cpu"],
     model_path: str,
+    cache_path: str | None = None,
 ) -> dict[str, Any]:
-    """One entry of `applications`.
+    """One entry of `applications`; `cache_path` is where the engine keeps what it compiles, on every host.
 
     Serve hashes `args` and `runtime_env` of an app and restarts all its replicas when they change. So what
     the engine is stands there, and how many replicas run and how they are looked after stands under
     `deployments`, where a change is applied to the running ones.
     """
-    environment = _environment(parameters, accelerator)
+    environment = _environment(parameters, accelerator, cache_path)
     return {
         "name": name,
         "route_prefix": route_prefix,
@@ -122,7 +120,9 @@ def _placement(parameters: LlmParameters, accelerator: str) -> dict[str, Any]:
     if accelerator == "cpu":
         # One bundle for the whole replica: its engine starts its workers as its own processes.
         return {"bundles": [{"CPU": parameters.cpus_per_replica or 1}], "strategy": strategy}
-    return {"bundle_per_worker": {"GPU": parameters.gpu_fraction or 1}, "strategy": strategy}
+    # One a worker, written out: Ray 2.52.1 knows no `bundle_per_worker`.
+    workers = parameters.tensor_parallel * parameters.pipeline_parallel
+    return {"bundles": [{"GPU": parameters.gpu_fraction or 1}] * workers, "strategy": strategy}
 
 
 def _actor_cpus(parameters: LlmParameters, accelerator: str) -> float:
@@ -130,9 +130,17 @@ def _actor_cpus(parameters: LlmParameters, accelerator: str) -> float:
     return 0 if accelerator == "cpu" else parameters.cpus_per_replica or 1
 
 
-def _environment(parameters: LlmParameters, accelerator: str) -> dict[str, str]:
+def _environment(parameters: LlmParameters, accelerator: str, cache_path: str | None) -> dict[str, str]:
     # The weights lie on the host: nothing is to be looked up outside.
     environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if cache_path is not None:
+        # vLLM puts its own and Inductor's below the first; the others are for what compiles before or beside it,
+        # and would go with the node's scratch folder.
+        environment["VLLM_CACHE_ROOT"] = f"{cache_path}/vllm"
+        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache_path}/inductor"
+        environment["TRITON_CACHE_DIR"] = f"{cache_path}/triton"
+        if accelerator == "cuda":
+            environment["FLASHINFER_WORKSPACE_BASE"] = f"{cache_path}/flashinfer"
     if accelerator == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
         # Left alone, every engine of a host binds itself to the same first cores.

@@ -1,4 +1,4 @@
-"""model_store: weights that are made and checked on every run, and a site's folders, which are only read."""
+"""model_store: weights that are made or fetched and checked on every run, and a site's folders, which are only read."""
 
 from __future__ import annotations
 
@@ -175,6 +175,27 @@ def test_every_folder_that_is_wrong_is_told(maker: str, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ away
+
+
+def test_what_engines_compiled_for_no_app_goes_except_the_newest(maker: str, tmp_path: Path) -> None:
+    caches = tmp_path / "engine"
+    for age, name in enumerate(["newest", "newer", "older", "in-use"]):
+        (caches / name).mkdir(parents=True)
+        (caches / name / "kernel").touch()
+        os.utime(caches / name, (1e9 - age, 1e9 - age))
+    (caches / "link").symlink_to(tmp_path / "elsewhere")
+    asked = {"path": str(caches), "names": ["in-use", "not-yet-there"], "keep": 1}
+
+    told = run(maker, caches=asked, check=True)
+    assert [(item["what"], item["name"], item["wanted"]) for item in told["changes"]] == [
+        ("engine cache", "newer", "gone"),
+        ("engine cache", "older", "gone"),
+    ]
+    assert (caches / "older").exists()
+    assert run(maker, caches=asked)["changed"]
+    assert sorted(item.name for item in caches.iterdir()) == ["in-use", "link", "newest"]
+    assert not run(maker, caches=asked)["changed"]
+    assert not run(maker, caches={**asked, "path": str(tmp_path / "none")})["changed"]
 
 
 def test_what_was_made_goes_and_a_sites_folder_stays(maker: str, tmp_path: Path) -> None:

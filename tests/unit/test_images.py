@@ -1,4 +1,4 @@
-"""What names an image, and which docker client builds it."""
+"""What names an image from wheels, and which docker client builds it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clusterkit import images
 from clusterkit.errors import ToolMissing
 from clusterkit.wheels import Target, Wish
 
-PLAN = images.ImagePlan("cpu", ("python3",), Wish(requirements=("ray==2.60.0",)), Target("3.11", "2.36", "x86_64"))
+PLAN = images.WheelImage("cpu", ("python3",), Wish(requirements=("ray==2.60.0",)), Target("3.11", "2.36", "x86_64"))
 PINS = ["ray==2.60.0"]
 
 
@@ -37,7 +37,7 @@ def test_other_wheels_are_another_image_of_the_same_inputs() -> None:
 def test_a_change_of_the_recipe_is_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = PLAN.inputs
     (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "Dockerfile").write_text((images.RECIPES / "cpu/Dockerfile").read_text() + "RUN true\n")
+    (tmp_path / "cpu" / "Dockerfile.j2").write_text(PLAN.dockerfile() + "RUN true\n")
     monkeypatch.setattr(images, "RECIPES", tmp_path)
     assert PLAN.inputs != before
 

@@ -102,7 +102,7 @@ def test_what_does_not_validate_stays_and_says_why(folder: Path) -> None:
     other = folder.with_name("other")
     listed = init(other, *wish, "--json")
     assert listed.returncode == 2
-    assert [finding["subject"] for finding in json.loads(listed.stdout)["findings"]] == ["clusterkit_image"]
+    assert [finding["subject"] for finding in json.loads(listed.stdout)["findings"]] == ["clusterkit_image_base"]
     named = init(folder.with_name("named"), *wish, "--image", "registry.example/vllm:1")
     assert named.returncode == 0, named.stderr
 

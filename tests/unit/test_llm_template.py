@@ -62,7 +62,7 @@ def test_a_gpu_app() -> None:
     assert config["model_loading_config"] == {"model_id": "tiny", "model_source": "/srv/models/tiny"}
     assert config["accelerator_type"] == "AMD-Instinct-MI300X-OAM"
     assert config["engine_kwargs"] == {"max_model_len": 8192, "tensor_parallel_size": 4, "pipeline_parallel_size": 1}
-    assert config["placement_group_config"] == {"bundle_per_worker": {"GPU": 1}, "strategy": "STRICT_PACK"}
+    assert config["placement_group_config"] == {"bundles": [{"GPU": 1}] * 4, "strategy": "STRICT_PACK"}
     assert config["deployment_config"] == {"ray_actor_options": {"num_cpus": 1}}
     assert "accelerator_config" not in config
     json.dumps(app)  # it goes over HTTP
@@ -125,7 +125,7 @@ def test_a_replica_that_fits_a_host_has_to_be_on_one(given: dict[str, Any], stra
 def test_a_share_of_a_gpu_takes_its_share_of_memory() -> None:
     app = rendered(gpu_fraction=0.25)
     config = llm_config(app)
-    assert config["placement_group_config"]["bundle_per_worker"] == {"GPU": 0.25}
+    assert config["placement_group_config"]["bundles"] == [{"GPU": 0.25}]
     assert config["engine_kwargs"]["gpu_memory_utilization"] == pytest.approx(0.225)
     assert app["runtime_env"]["env_vars"]["VLLM_RAY_PER_WORKER_GPUS"] == "0.25"
     own = llm_config(rendered(gpu_fraction=0.25, engine_kwargs={"gpu_memory_utilization": 0.2}))
@@ -234,6 +234,36 @@ def test_model_source() -> None:
     assert model_source(parameters()) == {"id": "tiny", "make": "tiny-llama"}
     folder = parameters(model_source={"folder": "/srv/weights/"})
     assert model_source(folder) == {"id": "tiny", "folder": "/srv/weights"}
+    hub = {"hub": "org/name", "revision": "v1", "ignore_patterns": ["consolidated*"]}
+    assert model_source(parameters(model_source=hub)) == {
+        **hub,
+        "id": "tiny",
+        "allow_patterns": (),
+        "ignore_patterns": ("consolidated*",),
+    }
+
+
+def test_engines_never_ask_outside_unless_told() -> None:
+    environment = llm_config(rendered())["runtime_env"]["env_vars"]
+    assert (environment["HF_HUB_OFFLINE"], environment["TRANSFORMERS_OFFLINE"]) == ("1", "1")
+    asking = llm_config(rendered(environment={"HF_HUB_OFFLINE": "0"}))["runtime_env"]["env_vars"]
+    assert asking["HF_HUB_OFFLINE"] == "0"
+
+
+@pytest.mark.parametrize("accelerator", ["rocm", "cuda", "cpu"])
+def test_what_an_engine_compiles_stays_in_its_folder(accelerator: Any) -> None:
+    given = {"name": "app", "route_prefix": "/", "parameters": parameters(), "model_path": "/srv/models/tiny"}
+    app = render(**given, accelerator=accelerator, cache_path="/kept/abc")
+    environment = llm_config(app)["runtime_env"]["env_vars"]
+    assert app["runtime_env"]["env_vars"] == environment
+    caches = {name: value for name, value in environment.items() if value.startswith("/kept")}
+    assert caches == {
+        "VLLM_CACHE_ROOT": "/kept/abc/vllm",
+        "TORCHINDUCTOR_CACHE_DIR": "/kept/abc/inductor",
+        "TRITON_CACHE_DIR": "/kept/abc/triton",
+        **({"FLASHINFER_WORKSPACE_BASE": "/kept/abc/flashinfer"} if accelerator == "cuda" else {}),
+    }
+    assert "VLLM_CACHE_ROOT" not in llm_config(render(**given, accelerator=accelerator))["runtime_env"]["env_vars"]
 
 
 # --------------------------------------------------------------------------- parameters
@@ -243,10 +273,19 @@ def test_model_source() -> None:
     ("given", "says"),
     [
         ({"model_source": {"folder": "relative"}}, "absolute path"),
-        ({"model_source": {"download": "x"}}, "must be {make: tiny-llama} or {folder: /path}"),
+        (
+            {"model_source": {"download": "x"}},
+            "must be {hub: org/name, revision: commit}, {folder: /path} or {make: tiny-llama}",
+        ),
         ({"model_source": {"make": "other"}}, "tiny-llama"),
+        ({"model_source": {"hub": "org/name"}}, "revision"),
+        ({"model_source": {"hub": "https://huggingface.co/org/name", "revision": "main"}}, "hub"),
+        ({"model_source": {"hub": "org/name", "revision": "../main"}}, "revision"),
         ({"model_source": {"make": "tiny-llama", "folder": "/x"}}, "Extra inputs"),
-        ({"model_source": "tiny-llama"}, "must be {make: tiny-llama} or {folder: /path}"),
+        (
+            {"model_source": "tiny-llama"},
+            "must be {hub: org/name, revision: commit}, {folder: /path} or {make: tiny-llama}",
+        ),
         ({"model_id": "white space"}, "model_id"),
         ({"accelerator_type": "MI300X"}, "did you mean 'AMD-Instinct-MI300X-OAM'"),
         ({"engine_kwargs": {"max-model-len": 1}}, "write 'max_model_len'"),

@@ -201,7 +201,9 @@ def test_containers_need_an_image_that_can_be_built_or_pulled() -> None:
     built = {"clusterkit_runtime": "container", "clusterkit_stack": "cpu"}
     cpus = {"cpus": {"clusterkit_accelerator": "cpu"}}
     assert spec_of(built, pools=cpus, workers={"w1": "cpus"}).stack.image is not None
-    assert "no recipe" in findings_of({"clusterkit_runtime": "container"})["clusterkit_image"]
+    pinned = {"clusterkit_runtime": "container", "clusterkit_image_base": f"vendor/base:1@sha256:{'0' * 64}"}
+    assert spec_of(pinned).facts.image is None
+    assert "has no digest" in findings_of({"clusterkit_runtime": "container"})["clusterkit_image_base"]
 
 
 @pytest.mark.parametrize(
