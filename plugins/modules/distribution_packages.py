@@ -42,6 +42,10 @@ options:
     description: Further packages, each with the package whose upstream version it must have.
     type: dict
     default: {}
+  built_with:
+    description: As I(alike), by the packager's revision in place of the upstream version.
+    type: dict
+    default: {}
   hold:
     description: Patterns of names; what is installed and matches one is held at its version.
     type: list
@@ -124,16 +128,17 @@ ENVIRONMENT = {
     "NEEDRESTART_MODE": "l",
     "NEEDRESTART_SUSPEND": "1",
 }
-# As apt-get, dpkg and dnf say it; apt's own waiting does not cover the lock of its lists.
+# As apt-get, dpkg, dnf and rpm say it; apt's own waiting does not cover the lock of its lists.
 LOCKED = re.compile(
     r"Could not get lock|Unable to lock|Unable to acquire the dpkg frontend lock|lock was locked by another process"
-    r"|another copy is running",
+    r"|another copy is running|already locked by \d+|can't create transaction lock",
 )
-HOLDER = re.compile(r"held by process (\d+)|with pid (\d+)")
+HOLDER = re.compile(r"(?:held by process|with pid|already locked by) (\d+)")
 # What a package manager's complaint means, and what to do.
 ADVICE = (
     (
-        r"NO_PUBKEY|BADSIG|EXPKEYSIG|EXPSIG|REVKEYSIG|is not signed|couldn't be verified|GPG check FAILED|Signing key",
+        r"NO_PUBKEY|BADSIG|EXPKEYSIG|EXPSIG|REVKEYSIG|is not signed|couldn't be verified|GPG check FAILED|Signing key"
+        r"|GPG signature verification error",
         "The repository's signature does not fit the key on this host (Signed-By or gpgkey in its file). Has the "
         "publisher changed the key, take the key's file away and run again: it is fetched anew. Is it a mirror, let it "
         "copy the repository once more, as a whole",
@@ -159,6 +164,7 @@ ADVICE = (
         "dkms comes from EPEL, which this host does not have: enable EPEL and CRB, or your mirrors of them",
     ),
 )
+UNREAD = re.compile(r"Failed to download metadata|Cannot download repomd|Cannot prepare internal mirrorlist")
 VERSIONLOCK = "/etc/dnf/plugins/versionlock.list"
 BLOCK = re.compile(r"# Begin: held by clusterkit\n(.*?)# End: held by clusterkit\n", re.DOTALL)
 # The second letter of dpkg's status.
@@ -241,10 +247,10 @@ def active(unit):
 
 def holder(text):
     """The process that holds the lock that a complaint is about; apt names it for some locks only."""
-    named, lock = HOLDER.search(text), re.search(r"(/\S+/lock(?:-frontend)?)\b", text)
+    named, lock = HOLDER.search(text), re.search(r"(/\S+[/.]lock(?:-frontend)?)\b", text)
     try:
         if named:
-            pid = int(named.group(1) or named.group(2))
+            pid = int(named.group(1))
         else:
             with open(lock.group(1) if lock else os.devnull, "r+") as file:
                 asked = struct.pack("hhlli", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -425,6 +431,7 @@ class Dnf:
         self.over_holds = False  # dnf knows no such thing
         self.held = set()
         self.locks = {}  # {name: [the lines that hold its installed versions]}
+        self.stale = None  # until the lists have been read: what was wrong with them
 
     def read(self):
         query = "%{NAME}\t%{VERSION}-%{RELEASE}\t%{EPOCHNUM}\n"
@@ -460,27 +467,49 @@ class Dnf:
     def available(self, names):
         return [name for name in names if run(["dnf", "-q", "-C", "list", name])[0] == 0]
 
+    def dnf(self, *words):
+        # Without exit_on_lock, dnf waits for ever; with -q, it keeps its reasons to itself.
+        return run_locked(["dnf", "-y", "--setopt=exit_on_lock=True", *words], self.lock_timeout_s)
+
+    def update(self):
+        """Read the package lists, once: for two days dnf believes what it has."""
+        if self.stale is None:
+            code, _out, err = self.dnf("--refresh", "makecache")
+            self.stale = " ".join(err.split())[:1500] if UNREAD.search(err) else ""
+            if code != 0 and self.stale:
+                raise Problem(
+                    "the package lists of this host cannot be read: %s. Check /etc/yum.repos.d and the way to them "
+                    "(clusterkit_proxy), then run again. %s" % (self.stale, advice(err))
+                )
+
+    def query(self, *words):
+        return run(["dnf", "-q", "-C", "repoquery", "--qf", "%{version}-%{release}\n", *words])[1].split()
+
+    def exact(self, item):
+        """The item with the newest version that its pattern fits: dnf's own star reaches into longer names too."""
+        name, _, pattern = item.partition("=")
+        if "*" not in pattern:
+            return item.replace("=", "-", 1)
+        there = self.query(name)
+        fitting = ["%s-%s" % (name, version) for version in there if fnmatch.fnmatchcase(version, pattern)]
+        if not fitting:
+            told = "Of %s there is: %s" % (name, ", ".join(dict.fromkeys(there)) or "none")
+            hint = "%s. %s" % (self.stale, advice(self.stale)) if self.stale else "Check the pin, or the mirror"
+            raise Problem(("dnf cannot install %s. %s. %s" % (item, told, hint)).rstrip(". "))
+        return "%s-%s" % (name, self.query("--latest-limit=1", *fitting)[0]) if len(set(fitting)) > 1 else fitting[0]
+
     def install(self, items):
-        names = [item.replace("=", "-", 1) for item in items]
-        # Without exit_on_lock, dnf waits for ever.
-        options = ["--setopt=install_weak_deps=False", "--setopt=exit_on_lock=True"]
-        code, out, err = run_locked(["dnf", "-q", "-y", *options, "install", *names], self.lock_timeout_s)
+        self.update()
+        code, _out, err = self.dnf("--setopt=install_weak_deps=False", "install", *[self.exact(item) for item in items])
         if code == 0:
             return
-        hints = [text for text in (self.headers_hint(err), advice(err + out)) if text]
-        if re.search(r"Failed to download metadata|Cannot download repomd|Cannot prepare internal mirrorlist", err):
-            told = (
-                "the package lists of this host cannot be read: %s. Check /etc/yum.repos.d and the way to them "
-                "(clusterkit_proxy), then run again. %s" % (complaints(err), " ".join(hints))
-            )
-        else:
-            said = complaints(err or out)
-            told = "dnf cannot install %s: %s. %s" % (", ".join(items), said, " ".join(hints))
-        raise Problem(told.rstrip(". "))
+        hints = [text for text in (self.headers_hint(err), self.stale, advice(err + self.stale)) if text]
+        said = " ".join(err.split())[:1500].rstrip(".")
+        raise Problem(("dnf cannot install %s: %s. %s" % (", ".join(items), said, " ".join(hints))).rstrip(". "))
 
     def headers_hint(self, text):
-        for kernel in re.findall(r"(?:No match for argument|Unable to find a match): kernel-devel-(\S+)", text):
-            query = ["dnf", "-q", "repoquery", "--latest-limit=1", "--qf", "%{version}-%{release}.%{arch}\n"]
+        for kernel in re.findall(r"Unable to find a match:.*?\bkernel-devel-(\d\S*)", text):
+            query = ["dnf", "-q", "-C", "repoquery", "--latest-limit=1", "--qf", "%{version}-%{release}.%{arch}\n"]
             names = run([*query, "kernel-devel"])[1].split()
             return no_headers(kernel, names[0] if names else None) + "."
         return ""
@@ -504,11 +533,9 @@ class Dnf:
         self.held = set(names)
 
     def remove(self, names):
-        code, out, err = run_locked(
-            ["dnf", "-q", "-y", "--setopt=exit_on_lock=True", "--noautoremove", "remove", *names], self.lock_timeout_s
-        )
+        code, _out, err = self.dnf("--noautoremove", "remove", *names)
         if code != 0:
-            raise Problem("dnf cannot remove %s: %s" % (", ".join(names), complaints(err or out)))
+            raise Problem("dnf cannot remove %s: %s" % (", ".join(names), " ".join(err.split())[:1500]))
 
 
 def manager(lock_timeout_s):
@@ -563,10 +590,10 @@ def check_space(free_mib):
             )
 
 
-def alike(have, pairs):
-    """The followers, each at its leader's upstream version where that is installed."""
+def alike(have, pairs, pattern=lambda version: "*%s-*" % upstream(version)):
+    """The followers, each at its leader's upstream version where that is installed; or as `pattern` has it."""
     leaders = {name: have.get(leader, (None, None))[0] for name, leader in pairs.items()}
-    return ["%s=*%s-*" % (name, upstream(leaders[name])) if leaders[name] else name for name in sorted(leaders)]
+    return ["%s=%s" % (name, pattern(leaders[name])) if leaders[name] else name for name in sorted(leaders)]
 
 
 class Wanted:
@@ -574,6 +601,7 @@ class Wanted:
 
     def __init__(self, tool, params, check):
         self.tool, self.params, self.check = tool, params, check
+        self.leaders = dict(params["alike"], **params["built_with"])
         self.ours = set(read_record(params["record"])["held"]) if params["record"] else set()
         self.busy = None
         tool.over_holds = bool(params["hold"])
@@ -584,12 +612,14 @@ class Wanted:
 
     def look(self):
         self.have = self.tool.read()
-        self.phases = [self.params["first"], self.params["packages"], alike(self.have, self.params["alike"])]
+        followers = alike(self.have, self.params["alike"])
+        followers += alike(self.have, self.params["built_with"], lambda version: "*-%s" % version.rpartition("-")[2])
+        self.phases = [self.params["first"], self.params["packages"], followers]
 
     def missing(self):
         changes = plan(self.have, self.phases[0] + self.phases[1])
         moving = {change["name"] for change in changes}
-        followers = {name: leader for name, leader in self.params["alike"].items() if leader in moving}
+        followers = {name: leader for name, leader in self.leaders.items() if leader in moving}
         for name, leader in sorted(followers.items()):
             version, state = self.have.get(name, (None, "missing"))[:2]
             told = {"what": "package", "name": name, "wanted": "the version of %s" % leader}
@@ -745,6 +775,7 @@ def main():
             "first": words,
             "optional": words,
             "alike": {"type": "dict", "default": {}},
+            "built_with": {"type": "dict", "default": {}},
             "hold": words,
             "free_mib": {"type": "dict", "default": {}},
             "guard": words,

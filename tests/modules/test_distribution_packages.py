@@ -361,6 +361,25 @@ def test_what_goes_first_and_what_has_to_be_alike(host: Host) -> None:
 
 
 @needs_apt
+def test_what_was_built_together_stays_together(host: Host) -> None:
+    """As AMD's driver and its firmware: their versions differ, the number of the build does not."""
+    for name, version in (
+        ("firmware", "30.1-100"),
+        ("firmware", "30.2-200"),
+        ("driver", "6.1-100"),
+        ("driver", "6.1-200"),
+    ):
+        host.sell(name, version)
+    given: Json = {"built_with": {"driver": "firmware"}}
+    assert run(host, "firmware=30.1-*", **given)["versions"] == {"firmware": "30.1-100", "driver": "6.1-100"}
+    assert not run(host, "firmware=30.1-*", **given)["changed"]
+    told = run(host, "firmware=30.2-*", check=True, **given)["changes"]
+    assert [(item["name"], item["actual"]) for item in told] == [("firmware", "30.1-100"), ("driver", "6.1-100")]
+    run(host, "firmware=30.2-*", **given)
+    assert host.installed("driver") == "6.1-200"
+
+
+@needs_apt
 def test_optional_packages_come_along_where_there_are_any(host: Host) -> None:
     for name in ("tool", "extra", "more"):
         host.sell(name)
@@ -427,6 +446,14 @@ def test_headers_that_nobody_has_name_the_newest_kernel(host: Host) -> None:
             "does not fit the key",
         ),
         ("E: You don't have enough free space in /var/cache/apt/archives/.", "disk is full"),
+        # Recorded from dnf 4.14.
+        (
+            "Error: Failed to download metadata for repo 'x': repomd.xml GPG signature verification error: "
+            "Bad GPG signature",
+            "does not fit the key",
+        ),
+        ("  - Status code: 404 for http://x/30.30.9/repodata/repomd.xml (IP: 127.0.0.1)", "nothing at that address"),
+        ("  - nothing provides dkms needed by amdgpu-dkms-1:6.16.13-2327507.el9.noarch", "dkms comes from EPEL"),
         # Constructed from systemd's and dkms's sources.
         (
             "Failed to start nvidia-persistenced.service: Unit nvidia-persistenced.service is masked.",
@@ -454,6 +481,7 @@ def dnf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     install = (
         f'#!/bin/sh\necho "$@" >> {tmp_path}/words\n'
         f"[ -e {tmp_path}/error ] && {{ cat {tmp_path}/error >&2; exit 1; }}\n"
+        'for word; do [ "$word" != makecache ] || exit 0; done\n'
         f"printf 'numactl-libs\\t2.0-1.el9\\n' >> {tmp_path}/database\n"
     )
     for name, text in {"rpm": rpm, "dnf": install}.items():
@@ -545,12 +573,40 @@ def test_of_several_installed_versions_any_counts(dnf: Path, order: tuple[str, s
     assert "5.14.0-1.el9" in missed[0]["actual"]
 
 
+def test_another_dnf_is_waited_for(dnf: Path) -> None:
+    """Its words are recorded from dnf 4.14; a real one: tests/roles/test_gpu_hosts_el.py."""
+    pid = os.getpid()
+    (dnf / "error").write_text(f"metadata already locked by {pid}\n  The application with PID {pid} is: dnf\n")
+    failed = call(packages, packages=["numactl-libs"], lock_timeout_s=1)
+    assert "another process has held the package manager for 1 s: metadata already locked by" in failed["msg"]
+    assert "pytest" in failed["msg"], "the holder's command line: ours"
+
+
+def test_dnf_is_asked_for_one_version(dnf: Path) -> None:
+    """dnf's own star would take amdgpu-dkms-firmware for amdgpu-dkms=*.30300300-*."""
+    query = f"""#!/bin/sh
+case "$*" in
+*latest-limit*) echo 580.65.06-10.el9 ;;
+*repoquery*) printf '580.65.06-10.el9\\n580.65.06-9.el9\\n590.44.01-1.el9\\n' ;;
+*install*) echo "$@" >{dnf}/words; printf 'driver\\t580.65.06-10.el9\\n' >>{dnf}/database ;;
+esac
+"""
+    (dnf / "bin/dnf").write_text(query)
+    assert call(packages, packages=["driver=580.*"])["versions"] == {"driver": "580.65.06-10.el9"}
+    assert (dnf / "words").read_text().split()[-1] == "driver-580.65.06-10.el9"
+    refused = call(packages, packages=["driver=570.*"])
+    assert "Of driver there is: 580.65.06-10.el9, 580.65.06-9.el9, 590.44.01-1.el9" in refused["msg"]
+    # A site's dnf that passes over repositories it cannot read says so, and goes on.
+    passed = "Status code: 404 for http://x/repodata/repomd.xml\\nError: Failed to download metadata for repo x"
+    (dnf / "bin/dnf").write_text(f"#!/bin/sh\ncase \"$*\" in *makecache) printf '{passed}\\n' >&2 ;; esac\n")
+    skipped = call(packages, packages=["driver=590.*"])["msg"]
+    assert "Of driver there is: none. Status code: 404 for http://x/repodata/repomd.xml" in skipped
+    assert "The repository has nothing at that address" in skipped
+
+
 def test_dnf_names_the_newest_kernel_with_headers(dnf: Path) -> None:
-    """Constructed: dnf 4's words from its sources (cli/commands/install.py)."""
-    error = (
-        "No match for argument: kernel-devel-5.14.0-1.el9\nError: Unable to find a match: kernel-devel-5.14.0-1.el9\n"
-    )
-    (dnf / "error").write_text(error)
+    """Recorded from dnf 4.14."""
+    (dnf / "error").write_text("Error: Unable to find a match: kernel-headers-5.14.0-1.el9 kernel-devel-5.14.0-1.el9\n")
     query = "#!/bin/sh\nfor word; do [ $word = repoquery ] && echo 5.14.0-570.el9.x86_64 && exit; done\n"
     (dnf / "bin/dnf").write_text(query + f"cat {dnf}/error >&2; exit 1\n")
     failed = call(packages, packages=["kernel-devel=5.14.0-1.el9"])
