@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import yaml
 
 from clusterkit import lab
 from tests.roles.gpu_repository import GRUB, Shop, archive
+from tests.roles.lonely_host import lonely_host, wait_for_systemd
 from tests.support import Run as AnsibleRun
 
 pytestmark = [
@@ -198,28 +198,9 @@ def host() -> Iterator[Host]:
         with lab._lock(print):
             image = lab.ensure_image(client, mirror=None, on_progress=print)
         shop = Shop(folder)
-        for left in client.containers.list(all=True, filters={"name": f"^/{NAME}$"}):
-            left.remove(v=True, force=True)
-        container = client.containers.run(
-            image,
-            name=NAME,
-            hostname="box",
-            detach=True,
-            # The stand-ins are all there is: nothing may come from elsewhere.
-            network_mode="none",
-            cap_add=["ALL"],
-            cap_drop=["SYS_RESOURCE", "SYS_TIME"],
-            security_opt=["seccomp=unconfined", "apparmor=unconfined"],
-            cgroupns="private",
-            tmpfs={"/run": "", "/run/lock": ""},
-            mem_limit="1g",
-            stop_signal="SIGRTMIN+3",
-        )
+        container = lonely_host(client, image, NAME)
         made = Host(container, folder, shop)
-        deadline = time.monotonic() + 60
-        while made.sh("systemctl is-system-running", check=False).strip() not in ("running", "degraded"):
-            assert time.monotonic() < deadline, made.sh("systemctl list-jobs", check=False)
-            time.sleep(0.2)
+        wait_for_systemd(made.sh)
         kernel = made.sh("uname -r").strip()
         shop.distribution([kernel, "6.1.0-27-amd64"])
         shop.amd("30.30.3", "6.16.13.30300300-2327507", "7.2.3", "26.2.2.70203-81~22.04")

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import docker.errors
 import pytest
 
 from clusterkit import lab
+from tests.roles.lonely_host import lonely_host, wait_for_systemd
 from tests.roles.rpm_repository import KERNEL, NEWER_KERNEL, Rpm, RpmShop
 from tests.roles.test_gpu_hosts import ROOT, SHOP, SWITCH, Host
 
@@ -140,28 +140,9 @@ def host() -> Iterator[ElHost]:
         with lab._lock(print):
             base = lab.ensure_image(client, mirror=None, on_progress=print)
         image, _log = client.images.build(fileobj=io.BytesIO(RECIPE.format(base=base).encode()), tag=IMAGE, rm=True)
-        for left in client.containers.list(all=True, filters={"name": f"^/{NAME}$"}):
-            left.remove(v=True, force=True)
-        container = client.containers.run(
-            image,
-            name=NAME,
-            hostname="box",
-            detach=True,
-            # The stand-ins are all there is: nothing may come from elsewhere.
-            network_mode="none",
-            cap_add=["ALL"],
-            cap_drop=["SYS_RESOURCE", "SYS_TIME"],
-            security_opt=["seccomp=unconfined", "apparmor=unconfined"],
-            cgroupns="private",
-            tmpfs={"/run": "", "/run/lock": ""},
-            mem_limit="1g",
-            stop_signal="SIGRTMIN+3",
-        )
+        container = lonely_host(client, image, NAME)
         made = ElHost(container, folder)
-        deadline = time.monotonic() + 60
-        while made.sh("systemctl is-system-running", check=False).strip() not in ("running", "degraded"):
-            assert time.monotonic() < deadline, made.sh("systemctl list-jobs", check=False)
-            time.sleep(0.2)
+        wait_for_systemd(made.sh)
         shop = made.rpms
         shop.distribution()
         shop.amd("30.30.3", *AMD["30.30.3"])
