@@ -3,7 +3,9 @@
 python -m bench.ray_up     makes a lab of three with the venv runtime, and takes it away
 
 Both begin with hosts that have Ray installed and do not run it, and end when three nodes are alive. `ray up` needs
-Ray on the controller (a throw-away environment is made) and rsync on every host.
+Ray on the controller (a throw-away environment is made) and rsync on every host. It runs with Ray's older autoscaler:
+with the newer one, its default in 2.60.0, it brought one of two workers of this provider and asked for the other for
+ever.
 """
 
 from __future__ import annotations
@@ -88,7 +90,15 @@ def ray_up(folder: Path, inventory: Path, version: str) -> tuple[float, float]:
             }
         )
     )
-    up = [str(environment / "bin/ray"), "up", "--yes", "--no-config-cache", str(config)]
+    up = [
+        "env",
+        "RAY_UP_enable_autoscaler_v2=0",
+        str(environment / "bin/ray"),
+        "up",
+        "--yes",
+        "--no-config-cache",
+        str(config),
+    ]
     began = time.monotonic()
     run(*up)
     while not three_live(inventory):
