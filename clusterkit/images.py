@@ -416,8 +416,7 @@ def _build_wheels(docker: str, plan: WheelImage, *, store: Path, site: Site, log
     with _context(store) as context:
         (context / "Dockerfile").write_text(plan.dockerfile(), encoding="utf-8")
         (context / "wheels").mkdir()
-        with tarfile.open(house) as tar:
-            tar.extractall(context / "wheels", filter="data")
+        unpack(house, context / "wheels")
         wanted = list(pins)
         if plan.wish.provides_vllm:
             shim = wheels.vllm_metadata_wheel(plan.wish.provides_vllm, store=store)
@@ -502,8 +501,7 @@ def _check_out(plan: SourceImage, folder: Path, *, store: Path, site: Site) -> N
             _git("-C", str(kept), "archive", "--format", "tar", "--output", str(packed), plan.commit),
             f"the source at {plan.commit} could not be read",
         )
-    with tarfile.open(packed) as tar:
-        tar.extractall(folder, filter="data")
+    unpack(packed, folder)
     packed.unlink()
     for patch in plan.patches:
         done = subprocess.run(
@@ -574,6 +572,15 @@ def _git(*words: str, ca_bundle: str = "") -> subprocess.CompletedProcess[str]:
         raise ClusterkitError(
             f"git {words[0]} did not end within {FETCH_TIMEOUT_S} s", hint="is the network up?"
         ) from None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """A tar file of our own making. Python 3.11 knows extraction filters from 3.11.4 on; Debian 12 has 3.11.2."""
+    with tarfile.open(archive) as tar:
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, filter="data")
+        else:
+            tar.extractall(folder)
 
 
 def _must(done: subprocess.CompletedProcess[str], problem: str, *, hint: str | None = None) -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,8 +101,7 @@ def vendor(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     wish = wheels.Wish((torch, "setuptools"), exclude=("triton",), find_links=cpu.engine.find_links)
     target = wheels.Target("3.11", "2.36", os.uname().machine)
     house = wheels.wheelhouse(wish, target, wheels.lock(wish, target, store=store), store=store)
-    with tarfile.open(house) as tar:
-        tar.extractall(context / "wheels", filter="data")
+    images.unpack(house, context / "wheels")
     tag = f"clusterkit-test/vendor:{uuid.uuid4().hex[:8]}"
     debian.bootstrap(context / "base.tar", PACKAGES, debian.debian_sources(None))
     must(docker, "import", str(context / "base.tar"), f"{tag}-debian")
