@@ -43,6 +43,16 @@ DEFAULT_NAME = "lab"
 DEFAULT_SUBNET = "198.18.0.0/24"
 LABEL = "clusterkit.lab"
 HOST_LABEL = "clusterkit.lab.host"
+# What a container needs to run systemd. Not --privileged: that fails where the outer machine lacks one of the
+# capabilities itself.
+SYSTEM_CONTAINER: dict[str, Any] = {
+    "cap_add": ["ALL"],
+    "cap_drop": ["SYS_RESOURCE", "SYS_TIME"],
+    "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
+    "cgroupns": "private",
+    "tmpfs": {"/run": "", "/run/lock": ""},
+    "stop_signal": "SIGRTMIN+3",
+}
 IMAGE_LABEL = "clusterkit.lab.image"
 IMAGE_REPOSITORY = "clusterkit-lab-host"
 HOST_IMAGE_DIR = Path(__file__).resolve().parents[1] / "lab" / "host_image"
@@ -533,14 +543,8 @@ class _Hosts:
             dns=["127.0.0.1"] if offline else None,
             dns_opt=["timeout:1", "attempts:1"] if offline else None,
             labels={LABEL: self.name, HOST_LABEL: host},
-            # Not --privileged: that fails where the outer machine lacks one of the capabilities itself.
-            cap_add=["ALL"],
-            cap_drop=["SYS_RESOURCE", "SYS_TIME"],
-            security_opt=["seccomp=unconfined", "apparmor=unconfined"],
-            cgroupns="private",
-            tmpfs={"/run": "", "/run/lock": ""},
+            **SYSTEM_CONTAINER,
             shm_size="2g",
-            stop_signal="SIGRTMIN+3",
             # Anonymous, so that it goes with its container; overlay cannot lie on overlay.
             mounts=[docker.types.Mount("/var/lib/docker", None, type="volume", labels={LABEL: self.name})],
             network=self.network.name,

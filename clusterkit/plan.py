@@ -191,9 +191,7 @@ def plan(events: Iterable[Event], changed: Mapping[str, int] | None = None) -> P
         for host in _planned_hosts(seen, cluster)
     }
     consent = bool(cluster.get("allow_disruption"))
-    # Without its driver a host runs no node: the health gate lets none start.
-    idle = {host for host, driver in drivers.items() if driver and driver.get("loaded", driver) is None}
-    idle = {host for host in idle if host not in nodes} | {host for host, node in nodes.items() if node in NO_NODE}
+    idle = {host for host in {*nodes, *drivers} if _idle(nodes.get(host), drivers.get(host))}
     disruptions = tuple(_disruptions(changes, cluster, idle, _replicas(seen, cluster), consent))
     return Plan(tuple(changes), disruptions, failed, unreachable, hosts, consent, complete)
 
@@ -367,6 +365,13 @@ def _node(result: Json) -> str:
     except ValueError:
         return "not installed"
     return str(said.get("state") or "not installed") if isinstance(said, dict) else "not installed"
+
+
+def _idle(node: str | None, driver: Json | None) -> bool:
+    """Whether no node runs; where nobody was asked, a driver that is not loaded says so: the gate lets none start."""
+    if node is not None:
+        return node in NO_NODE
+    return driver is not None and "loaded" in driver and driver["loaded"] is None
 
 
 def _driver(result: Json) -> Json | None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import docker
+import docker.errors
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,3 +42,21 @@ class Run:
         found = re.search(r"changed=(\d+)", self.text)
         assert found, self.text
         return int(found.group(1))
+
+
+def ansible_playbook(folder: Path, *words: str) -> Run:
+    """A run in a folder of the test's, with the kit's configuration."""
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), *words]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return Run(done.returncode, done.stdout + done.stderr)
+
+
+def docker_client() -> Any:
+    """Skips, with the reason, where no Docker Engine answers."""
+    try:
+        client = docker.from_env()
+        client.ping()
+    except docker.errors.DockerException as error:
+        pytest.skip(f"needs a running Docker Engine: {error}")
+    return client

@@ -17,6 +17,7 @@ import docker.errors
 import pytest
 
 from tests.e2e.conftest import run
+from tests.support import docker_client
 
 if TYPE_CHECKING:
     from tests.lab.gpu_site import Site
@@ -91,10 +92,7 @@ Maker = Callable[..., Cluster]
 @pytest.fixture(scope="session")
 def docker_engine() -> None:
     """Skips, with the reason, where there is no Docker Engine."""
-    try:
-        docker.from_env().ping()
-    except docker.errors.DockerException as error:
-        pytest.skip(f"the lab tests need a running Docker Engine: {error}")
+    docker_client()
 
 
 @pytest.fixture(scope="module")

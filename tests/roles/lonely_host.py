@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
+from clusterkit.lab import SYSTEM_CONTAINER
+
 
 class Shell(Protocol):
     def __call__(self, script: str, *, check: bool = True) -> str: ...
@@ -20,13 +22,8 @@ def lonely_host(client: Any, image: str | Any, name: str) -> Any:
         hostname="box",
         detach=True,
         network_mode="none",
-        cap_add=["ALL"],
-        cap_drop=["SYS_RESOURCE", "SYS_TIME"],
-        security_opt=["seccomp=unconfined", "apparmor=unconfined"],
-        cgroupns="private",
-        tmpfs={"/run": "", "/run/lock": ""},
         mem_limit="1g",
-        stop_signal="SIGRTMIN+3",
+        **SYSTEM_CONTAINER,
     )
 
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docker
-import docker.errors
 import pytest
 import yaml
 
 from clusterkit import lab
-from tests.support import Run
+from tests.support import Run, ansible_playbook, docker_client
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -135,14 +131,10 @@ class Host:
         )
         given = {f"container_engine_{name}": value for name, value in variables.items()}
         (self.folder / "variables.json").write_text(json.dumps({**VARIABLES, **given}))
-        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(self.inventory)]
-        command += ["-e", f"@{self.folder}/variables.json", str(self.folder / "play.yml"), *options]
-        environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        # The default callback wraps an error's text.
-        text = done.stdout + done.stderr
-        assert (done.returncode == 0) is ok, text
-        return Run(done.returncode, text)
+        words = ["-i", str(self.inventory), "-e", f"@{self.folder}/variables.json", str(self.folder / "play.yml")]
+        run = ansible_playbook(self.folder, *words, *options)
+        assert (run.code == 0) is ok, run.text
+        return run
 
     def make_image(self) -> None:
         """The smallest image in which something can run."""
@@ -158,11 +150,7 @@ class Host:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[dict[str, Host]]:
-    try:
-        client = docker.from_env()
-        client.ping()
-    except docker.errors.DockerException as error:
-        pytest.skip(f"needs a running Docker Engine: {error}")
+    client = docker_client()
     # Short, for ssh's control sockets.
     folder = Path(tempfile.mkdtemp(prefix="ck-"))
     with pytest.MonkeyPatch.context() as patch:

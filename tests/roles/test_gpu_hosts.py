@@ -11,15 +11,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docker
-import docker.errors
 import pytest
 import yaml
 
@@ -27,6 +23,7 @@ from clusterkit import lab
 from tests.roles.gpu_repository import GRUB, Shop, archive
 from tests.roles.lonely_host import lonely_host, wait_for_systemd
 from tests.support import Run as AnsibleRun
+from tests.support import ansible_playbook, docker_client
 
 pytestmark = [
     pytest.mark.docker,
@@ -150,13 +147,10 @@ class Host:
         base = ROCM if role == "rocm_host" else CUDA
         given = {**base, **{f"{role}_{name}": value for name, value in variables.items()}}
         (self.folder / "variables.json").write_text(json.dumps(given))
-        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(self.folder / "hosts")]
-        command += ["-e", f"@{self.folder}/variables.json", str(self.folder / "play.yml"), *options]
-        environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        text = done.stdout + done.stderr
-        assert (done.returncode == 0) is ok, text
-        return Run(done.returncode, text)
+        words = ["-i", str(self.folder / "hosts"), "-e", f"@{self.folder}/variables.json"]
+        run = ansible_playbook(self.folder, *words, str(self.folder / "play.yml"), *options)
+        assert (run.code == 0) is ok, run.text
+        return Run(run.code, run.text)
 
     def rocm(self, *options: str, **more: Any) -> Run:
         return self.play("rocm_host", *options, **more)
@@ -186,11 +180,7 @@ class Host:
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    try:
-        client = docker.from_env()
-        client.ping()
-    except docker.errors.DockerException as error:
-        pytest.skip(f"needs a running Docker Engine: {error}")
+    client = docker_client()
     # Short, for gpg's socket.
     folder = Path(tempfile.mkdtemp(prefix="ck-"))
     container = None

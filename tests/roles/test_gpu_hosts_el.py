@@ -20,14 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docker
-import docker.errors
 import pytest
 
 from clusterkit import lab
 from tests.roles.lonely_host import lonely_host, wait_for_systemd
 from tests.roles.rpm_repository import KERNEL, NEWER_KERNEL, Rpm, RpmShop
 from tests.roles.test_gpu_hosts import ROOT, SHOP, SWITCH, Host
+from tests.support import docker_client
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -129,11 +128,7 @@ class ElHost(Host):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[ElHost]:
-    try:
-        client = docker.from_env()
-        client.ping()
-    except docker.errors.DockerException as error:
-        pytest.skip(f"needs a running Docker Engine: {error}")
+    client = docker_client()
     folder = Path(tempfile.mkdtemp(prefix="ck-"))
     container = None
     try:

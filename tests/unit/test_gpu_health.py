@@ -7,7 +7,6 @@ import json
 import os
 import pwd
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from test_host_agent import AGENT, PYTHON, Host
 
-from tests.support import load_script
+from tests.support import ansible_playbook, load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "roles/gpu_health/files"
@@ -865,11 +864,9 @@ def gate(folder: Path, answer: str, code: int, *options: str, said: str = "") ->
     given = {"__gpu_health_agent": [PYTHON, str(AGENT), "--config", str(agent.config)],
              "__gpu_health_command": f"{PYTHON} {program}", **dummies}  # fmt: skip
     (folder / "given.json").write_text(json.dumps(given))
-    argv = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", "-c", "local"]
-    argv += ["-e", f"@{folder}/given.json", str(folder / "play.yml"), *options]
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    words = ["-i", "localhost,", "-c", "local", "-e", f"@{folder}/given.json", str(folder / "play.yml")]
+    run = ansible_playbook(folder, *words, *options)
+    return run.code, run.text
 
 
 def answer_for(host: Json, runs: bool = False) -> str:

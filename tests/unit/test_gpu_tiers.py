@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support import load_script
+from tests.support import ansible_playbook, load_script
 
 Json = dict[str, Any]
 
@@ -655,11 +655,9 @@ def play(gate: Gate, tasks: str, *options: str, **variables: Any) -> tuple[int, 
         **variables,
     }
     (folder / "given.json").write_text(json.dumps(given))
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", "-c", "local"]
-    command += ["-e", f"@{folder}/given.json", str(folder / "play.yml"), *options]
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    words = ["-i", "localhost,", "-c", "local", "-e", f"@{folder}/given.json", str(folder / "play.yml")]
+    run = ansible_playbook(folder, *words, *options)
+    return run.code, run.text
 
 
 @pytest.mark.slow
