@@ -62,6 +62,9 @@ _BENCHMARK_NET = ipaddress.IPv4Network("198.18.0.0/15")  # RFC 2544: routed nowh
 _FIRST_ADDRESS = 10
 _BOOT_S = 180.0
 _SOCKET_FOLDER_MAX = 108 - 1 - 16 - 17  # bytes: less the final 0, "/address", what ssh appends while it binds
+# Seen on Debian 12: systemd 5, its user manager 3, dbus-daemon 1, systemd-logind 1.
+_INOTIFY_PER_HOST = 10
+_INOTIFY_LIMIT = Path("/proc/sys/fs/inotify/max_user_instances")  # inotify(7): of one user, here root
 _CA_DIRS = (Path("/usr/local/share/ca-certificates"), Path("/etc/pki/ca-trust/source/anchors"))
 
 Progress = Callable[[str], None]
@@ -162,6 +165,7 @@ def up(
             )
     for tool in ("ssh", "ssh-keygen"):
         _need(tool, "openssh-client")
+    check_inotify(1 + workers, int(_INOTIFY_LIMIT.read_text()) if _INOTIFY_LIMIT.exists() else None)
     client = _client()
     with _lock(on_progress), _docker_errors():
         network, fresh_network = _network(client, name, net, offline, workers)
@@ -406,6 +410,19 @@ def _check_room(net: ipaddress.IPv4Network, workers: int) -> None:
     room = net.num_addresses - _FIRST_ADDRESS - 2  # the head's own, and the broadcast address
     if workers > room:
         raise UsageError(f"{net} has room for {max(room, 0)} workers, not {workers}", hint="ask for fewer")
+
+
+def check_inotify(hosts: int, limit: int | None) -> None:
+    """Whether the kernel lets so many hosts boot: past the limit systemd waits for its own dbus for ever.
+
+    Raises UsageError.
+    """
+    needed = hosts * _INOTIFY_PER_HOST
+    if limit is not None and needed > limit:
+        raise UsageError(
+            f"{hosts} lab hosts need {needed} inotify instances, and this machine lets a user have {limit}",
+            hint=f"sudo sysctl -w fs.inotify.max_user_instances={max(1024, 2 * needed)}, or ask for fewer hosts",
+        )
 
 
 def _addresses(net: ipaddress.IPv4Network, workers: int) -> dict[str, str]:

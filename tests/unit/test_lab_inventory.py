@@ -190,3 +190,11 @@ def test_proxy_is_handed_on_unless_on_loopback() -> None:
     assert "no_proxy=a.example,localhost,127.0.0.1,198.18.0.0/24\n" in files["/etc/environment"]
     assert "http_proxy=" not in files["/etc/environment"].replace("https_proxy", "")
     assert lab.proxy_files({"http_proxy": "http://localhost:3128"}, "198.18.0.0/24") == {}
+
+
+def test_more_hosts_than_the_kernel_lets_boot_are_refused_with_the_setting() -> None:
+    lab.check_inotify(12, 128)
+    lab.check_inotify(26, None)
+    with pytest.raises(UsageError, match="26 lab hosts need 260 inotify instances") as refused:
+        lab.check_inotify(26, 128)
+    assert "fs.inotify.max_user_instances=1024" in (refused.value.hint or "")
