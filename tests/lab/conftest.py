@@ -64,9 +64,9 @@ class Cluster:
         assert code == 0 or not check, f"{host}: {command}\n{text}"
         return text
 
-    def agent(self, host: str, word: str, *, code: int = 0) -> dict[str, Any]:
+    def agent(self, host: str, *words: str, code: int = 0) -> dict[str, Any]:
         """The agent's answer: the last line of what it prints."""
-        done, output = self.container(host).exec_run(["/opt/clusterkit/bin/host-agent", word], demux=False)
+        done, output = self.container(host).exec_run(["/opt/clusterkit/bin/host-agent", *words], demux=False)
         text = output.decode(errors="replace").strip()
         assert done == code, text
         answer: dict[str, Any] = json.loads(next(line for line in reversed(text.splitlines()) if line.startswith("{")))

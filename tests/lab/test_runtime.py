@@ -14,8 +14,6 @@ from tests.lab.conftest import Cluster, clusterkit, playbook
 pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
 
 WORKER = "worker1"
-# systemd's words in the journal.
-STAGES = ("Stopping", "Started")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -89,12 +87,14 @@ def test_with_consent_dockerd_is_restarted_on_one_host_after_the_other(cluster: 
     def dockerd(host: str) -> str:
         return cluster.on(host, "systemctl show docker -p InvocationID --value")
 
-    def away(host: str) -> tuple[float, float]:
-        """From the stop of the node to its next start, in seconds since 1970."""
+    def last(host: str, word: str, of: str) -> float:
         # From the journal: systemd forgets the times of a unit that nothing wants.
-        lines = cluster.on(host, "journalctl --no-pager -o short-unix -u clusterkit-ray").splitlines()
-        times = {word: [float(line.split()[0]) for line in lines if f"]: {word} " in line] for word in STAGES}
-        return times["Stopping"][-1], times["Started"][-1]
+        lines = cluster.on(host, f"journalctl --no-pager -o short-unix -u {of}").splitlines()
+        return max(float(line.split()[0]) for line in lines if f"]: {word} " in line)
+
+    def away(host: str) -> tuple[float, float]:
+        """From the stop of dockerd to the next start of the node, in seconds since 1970."""
+        return last(host, "Stopping", "docker.service"), last(host, "Started", "clusterkit-ray.service")
 
     before = {host: dockerd(host) for host in hosts}
     try:
@@ -141,7 +141,8 @@ def test_a_raylet_that_the_kernel_killed_ends_the_unit(cluster: Cluster) -> None
 
 
 def test_a_drained_node_has_left_and_comes_back(cluster: Cluster) -> None:
-    drained = cluster.agent("worker2", "drain")
+    # Its replica has no other place to go: without a deadline it would be left where it is.
+    drained = cluster.agent("worker2", "drain", "--deadline")
     assert drained["drained"] is True
     assert cluster.agent("worker2", "status")["state"] == "degraded", "the raylet is gone, the launcher still there"
     cluster.agent("worker2", "stop")
