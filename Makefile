@@ -46,11 +46,12 @@ test: $(TESTS) lint
 test-slow: $(TESTS)
 	$(BIN)/python -m pytest -rs -m "slow" $(PYTEST_ARGS)
 
-# Tables with ratios of one run; the lab has to be up and converged for the first.
+# Tables with ratios of one run; each makes a lab of its own and takes it away.
 bench: $(TESTS)
 	$(BIN)/python -m bench.cold
 	$(BIN)/python -m bench.light_hosts
 	$(BIN)/python -m bench.ray_up
+	$(BIN)/python -m bench.distribution
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .ansible

@@ -15,13 +15,13 @@ import tarfile
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clusterkit import debian, image_plan, wheels
+from clusterkit import debian, image_plan, registry, wheels
 from clusterkit.errors import ClusterkitError, ToolMissing, UsageError
 from clusterkit.image_plan import BASE_REPOSITORY, COMMIT, RECIPES, REPOSITORY, Patch, SourceImage, digest
 from clusterkit.wheels import Target, Wish
@@ -30,6 +30,8 @@ from clusterkit.wheels import Target, Wish
 LAST_RESORT = "/usr/bin"
 FETCH_TIMEOUT_S = 900
 SMOKE_TIMEOUT_S = 1800
+# Of each recipe, those that were asked for last: several clusters may have one each.
+ARCHIVES_KEPT = 3
 
 OnLine = Callable[[str], None]
 
@@ -221,6 +223,7 @@ def archive(
     path = archive_of(tag, store=store)
     with wheels.locked(store, path.name):
         if path.exists():
+            os.utime(path)
             return Built(tag, path, built=False)
         docker = builder()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,22 +241,49 @@ def archive(
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
+    forget_archives(plan.recipe, store=store)
     return Built(tag, path, built=True)
 
 
-def push(tag: str, registry: str, archive_path: Path) -> str:
-    """Push the image to an on-prem registry; returns its name there. Raises ClusterkitError, ToolMissing."""
-    docker = builder()
-    name = f"{registry}/{tag}"
-    if _run(docker, "image", "inspect", tag).returncode != 0:
-        _must(_run(docker, "load", "--input", str(archive_path)), f"{archive_path} could not be loaded")
-    _must(_run(docker, "tag", tag, name), f"{tag} could not be named {name}")
-    _must(
-        _run(docker, "push", name),
-        f"the registry {registry} did not take {tag}",
-        hint="does this machine reach it, and does its dockerd trust it (insecure-registries, certs.d)?",
-    )
-    return name
+def forget_archives(recipe: str, *, store: Path, keep: int = ARCHIVES_KEPT) -> list[Path]:
+    """Take away a recipe's archives but for those that were asked for last, with their records and logs. A host that
+    needs one of them again has it built anew. Returns the archives that went.
+    """
+    used: dict[Path, float] = {}
+    for record in (store / "images").glob("*.json"):
+        # Another run may be at the same.
+        with suppress(FileNotFoundError):
+            if json.loads(record.read_text(encoding="utf-8")).get("recipe") == recipe:
+                path = record.with_suffix(".tar")
+                used[path] = path.stat().st_mtime
+    gone = sorted(used, key=lambda path: -used[path])[keep:]
+    for path in gone:
+        for suffix in (".tar", ".json", ".log"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+    return gone
+
+
+def push(
+    tag: str, to: str, archive_path: Path, own: Mapping[str, Any] | None = None, *, store: Path
+) -> registry.Pushed:
+    """Bring the image to a registry. `own`: the cluster's own, see `clusterkit.registry`; another one's login and
+    trust are dockerd's business. Many hosts ask at once: one pushes. Raises ClusterkitError, ToolMissing.
+    """
+    with wheels.locked(store, f"push-{archive_path.name}"):
+        if own and own["address"] == to:
+            return registry.push(archive_path, tag, own)
+        docker = builder()
+        name = f"{to}/{tag}"
+        if _run(docker, "image", "inspect", tag).returncode != 0:
+            _must(_run(docker, "load", "--input", str(archive_path)), f"{archive_path} could not be loaded")
+        _must(_run(docker, "tag", tag, name), f"{tag} could not be named {name}")
+        _must(
+            _run(docker, "push", name),
+            f"the registry {to} did not take {tag}",
+            hint="does this machine reach it, and does its dockerd trust it (insecure-registries, certs.d)? A host in "
+            "the inventory's group `registry` is pushed to without dockerd",
+        )
+        return registry.Pushed(name, (), 0, 0, 0)
 
 
 def inspect(reference: str) -> dict[str, Any]:

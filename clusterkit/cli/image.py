@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from clusterkit import image_plan, images, operations, wheels, workspace
+from clusterkit import registry as registries
 from clusterkit.cli import output
 from clusterkit.cli.options import READS, Given, Inventory, Json, takes
 from clusterkit.errors import UsageError
@@ -123,7 +124,10 @@ def push(
     given: Given,
     inventory: Inventory = None,
     registry: Annotated[
-        str | None, typer.Option("--registry", metavar="HOST[:PORT]", help="Default: clusterkit_image_registry.")
+        str | None,
+        typer.Option(
+            "--registry", metavar="HOST[:PORT]", help="Default: clusterkit_image_registry, or the group `registry`."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -131,16 +135,27 @@ def push(
     wanted = _wanted(given, inventory, again=False)
     where = registry or wanted.cluster["image_registry"]
     if not where:
-        raise UsageError("which registry?", hint="set clusterkit_image_registry, or say --registry HOST:PORT")
+        raise UsageError(
+            "which registry?", hint="a host in the group registry, clusterkit_image_registry, or --registry HOST:PORT"
+        )
+    own = wanted.cluster["registry"]
+    if own and own["proxy"] and where == own["address"]:
+        raise UsageError(
+            f"{where} is a pull-through cache: it cannot be pushed to",
+            hint="push to the registry behind it: clusterkit_image_registry",
+        )
     if wanted.given is not None:
         raise UsageError(f"{wanted.given} is an image that is given: nothing was built here")
     if wanted.archive is None:
         raise UsageError(f"{wanted.tag} is not built", hint="clusterkit image build, first")
-    name = images.push(wanted.tag, where, wanted.archive)
+    if own and where == own["address"]:
+        own = registries.own(wanted.cluster, store=wanted.store)
+    done = images.push(wanted.tag, where, wanted.archive, own, store=wanted.store)
     if as_json:
-        output.data({"image": name})
+        output.data({"image": done.reference, "layers": done.layers, "sent_layers": done.sent_layers})
     else:
-        output.err.print(f"[green]done:[/] {escape(name)}")
+        moved = f", {done.sent_layers} of {done.layers} layers moved" if done.layers else ""
+        output.err.print(f"[green]done:[/] {escape(done.reference)}{moved}")
 
 
 @app.command()

@@ -23,6 +23,11 @@ REMOVED_SERVE_OPTIONS = {
 
 TOLERANCE = 1e-9
 
+# The roles `fleet` and `autoscaler` are not there yet.
+AUTOSCALED_OFFERED = False
+# Where the autoscaler's tests pass.
+AUTOSCALED_RAY = ("2.60.0",)
+
 
 def container_runtime(
     facts: ClusterFacts, stack: Stack, raw: RawInventory, values: Mapping[str, RawValue]
@@ -133,6 +138,34 @@ def groups(raw: RawInventory) -> list[Finding]:
     return findings
 
 
+def registry(
+    facts: ClusterFacts | None, members: Sequence[str], said: Mapping[str, Any], raw: RawInventory
+) -> Iterator[Finding]:
+    """One host that root work is done on; a pull-through cache alone is no place to push to.
+
+    `said`: what the first host's variables say of `port`, `tls` and `proxy_remote_url`.
+    """
+    place = raw.place_of("registry")
+    if len(members) > 1:
+        fix = "leave one host in the group; more of them are the site's own business (clusterkit_image_registry)"
+        yield Finding(place, "registry", f"{len(members)} registries: {', '.join(members)}", fix, tuple(members))
+    host = members[0]
+    if host not in raw.group("managed_hosts"):
+        problem = "the registry needs root, and root work is done on managed_hosts only"
+        yield Finding(raw.place_of(host), "registry", problem, "put the host into the group managed_hosts", (host,))
+    remote = raw.hosts.get(host, {}).get("registry_proxy_remote_url", RawValue())
+    if not said.get("proxy_remote_url") or facts is None or facts.runtime != "container":
+        return
+    if facts.image is None and facts.image_registry is None:
+        yield Finding(
+            remote.place(),
+            "registry_proxy_remote_url",
+            "a pull-through cache cannot be pushed to, and the image that the kit builds has no other registry",
+            "take it out, or set clusterkit_image_registry to the registry behind it, or clusterkit_image to an image",
+            (host,),
+        )
+
+
 def unresolved(raw: RawInventory) -> list[Finding]:
     """Values that Ansible could not give: undefined, or not to be decrypted. Ours only: many a site's own
     variable has a value inside one task and nowhere else."""
@@ -236,16 +269,6 @@ def pool(pool: Pool, values: Mapping[str, RawValue], raw: RawInventory) -> list[
                 pool.hosts,
             )
         )
-    if scaling.mode == "autoscaled":
-        findings.append(
-            Finding(
-                place(("mode",)),
-                "clusterkit_pool.mode",
-                "this release runs fixed pools only",
-                "set mode: fixed",
-                pool.hosts,
-            )
-        )
     if pool.facts.accelerator != "cpu" and pool.facts.gpus == 0:
         findings.append(
             Finding(
@@ -267,6 +290,46 @@ def pool(pool: Pool, values: Mapping[str, RawValue], raw: RawInventory) -> list[
             )
         )
     return findings
+
+
+def autoscaling(
+    pools: Mapping[str, Pool], hosts: Mapping[str, Host], stack: Stack | None, raw: RawInventory
+) -> Iterator[Finding]:
+    """What a pool needs before its hosts may come and go by themselves."""
+    scaled = [pool for pool in pools.values() if pool.facts.pool.mode == "autoscaled"]
+    for pool in scaled:
+        value = raw.hosts.get(pool.hosts[0], {}).get("clusterkit_pool", RawValue())
+        for key, problem, fix in _unscalable(pool, pools, hosts, stack, raw):
+            yield Finding(value.place((key,)), f"clusterkit_pool.{key}", problem, fix, pool.hosts)
+
+
+def _unscalable(
+    pool: Pool, pools: Mapping[str, Pool], hosts: Mapping[str, Host], stack: Stack | None, raw: RawInventory
+) -> Iterator[tuple[str, str, str]]:
+    """(key of clusterkit_pool, problem, fix)"""
+    scaling, managed = pool.facts.pool, raw.group("managed_hosts")
+    if not AUTOSCALED_OFFERED:
+        yield "mode", "this release runs fixed pools only", "set mode: fixed"
+    if stack is not None and stack.ray not in AUTOSCALED_RAY:
+        known = ", ".join(AUTOSCALED_RAY)
+        yield "mode", f"autoscaled pools were not tried with Ray {stack.ray}", f"set mode: fixed, or use Ray {known}"
+    fixed = sorted(other.name for other in pools.values() if other.facts.pool.mode == "fixed")
+    if fixed:
+        problem = f"the pool {fixed[0]} is fixed, and Ray's autoscaler would end its nodes when they are idle"
+        yield "mode", problem, "make all pools autoscaled (min keeps hosts running), or all fixed"
+    if any(hosts[name].head for name in pool.hosts if name in hosts):
+        yield "mode", "the head is in this pool, and it cannot come and go", "take it out, or set mode: fixed"
+    if not set(pool.hosts) <= set(managed):
+        yield "mode", "not all its hosts are in managed_hosts, and only root starts them", "put them there"
+    if pool.facts.cpus is None:
+        problem = "Ray has to know what a host offers before it is there, and its CPUs are not declared"
+        yield "mode", problem, "set clusterkit_cpus for the pool"
+    if scaling.warm > len(pool.hosts):
+        yield "warm", f"is {scaling.warm}, and the pool has {len(pool.hosts)} hosts", f"lower it to {len(pool.hosts)}"
+    switched = any(hosts[name].facts.power.kind != "none" for name in pool.hosts if name in hosts)
+    if scaling.idle_off_s is not None and not switched:
+        problem = "no host of the pool can be switched on again"
+        yield "idle_off_s", problem, "set clusterkit_power for its hosts, or take idle_off_s out"
 
 
 def addresses(hosts: Mapping[str, Host], raw: RawInventory) -> list[Finding]:

@@ -47,6 +47,20 @@ class Pool(_Frozen):
         return len(self.hosts) if declared is None else min(declared, len(self.hosts))
 
 
+class Registry(_Frozen):
+    """The host of the group `registry`, as its role is told to run it. `proxy`: a pull-through cache of another."""
+
+    host: str
+    node_ip: str
+    port: int = 5000
+    tls: bool = True
+    proxy: bool = False
+
+    @property
+    def address(self) -> str:
+        return f"[{self.node_ip}]:{self.port}" if ":" in self.node_ip else f"{self.node_ip}:{self.port}"
+
+
 class Model(_Frozen):
     """Weights that an app needs, and where they lie on a host."""
 
@@ -83,11 +97,24 @@ class ClusterSpec(_Frozen):
     hosts: dict[str, Host]
     pools: dict[str, Pool]
     apps: tuple[App, ...]
+    registry: Registry | None = None
 
     @property
     def one_box(self) -> bool:
         """The head is a worker too: its death costs the replicas on it as well."""
         return self.hosts[self.head].worker
+
+    @property
+    def autoscaled(self) -> bool:
+        """Hosts come and go as demand asks: all pools do, or none."""
+        return any(pool.facts.pool.mode == "autoscaled" for pool in self.pools.values())
+
+    @property
+    def image_registry(self) -> str | None:
+        """Where images are pushed to."""
+        if self.facts.image_registry or self.registry is None or self.registry.proxy:
+            return self.facts.image_registry
+        return self.registry.address
 
     def accelerator(self, host: Host) -> Accelerator | None:
         return self.pools[host.pool].facts.accelerator if host.pool else None
@@ -128,7 +155,9 @@ class ClusterSpec(_Frozen):
             "name": facts.name,
             "runtime": facts.runtime,
             "image": facts.image,
-            "image_registry": facts.image_registry,
+            "image_registry": self.image_registry,
+            # The cluster's own, where it has one.
+            "registry": {**self.registry.model_dump(), "address": self.registry.address} if self.registry else None,
             # What runs Python with Ray in it, in either runtime; made by ray_env or vllm_image.
             "ray_python": facts.paths.root + ("/ray-env/bin/python" if facts.runtime == "venv" else "/bin/ray-python"),
             # A row that brings no engine of its own has an empty one: roles need not ask.

@@ -10,7 +10,7 @@ import ipaddress
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
 Accelerator = Literal["rocm", "cuda", "cpu"]
 
@@ -131,6 +131,46 @@ class PoolScaling(Facts):
     mode: Literal["fixed", "autoscaled"] = Field("fixed", description="this release runs fixed pools")
     min: StrictInt = Field(0, ge=0, description="never fewer hosts")
     max: StrictInt | None = Field(None, ge=0, description="at most the number of hosts in the pool; default all")
+    boot_budget_s: StrictInt = Field(
+        600, gt=0, description="autoscaled: from power on until the host answers; one that takes longer is quarantined"
+    )
+    drain_grace_s: StrictInt = Field(
+        900, gt=0, le=99999, description="autoscaled: how long work on a node that has to go may take to end or move"
+    )
+    idle_off_s: StrictInt | None = Field(
+        None, gt=0, description="autoscaled: a host that runs no node for so long is switched off; none: stays on"
+    )
+    warm: StrictInt = Field(0, ge=0, description="autoscaled: so many idle hosts are not switched off")
+
+
+class PowerFacts(Facts):
+    """How a host is switched on and off. Users and passwords are options of the role `fleet`, from a vault."""
+
+    kind: Literal["none", "wol", "ipmi", "redfish"] = Field("none", description="none: people switch it")
+    address: str | None = Field(None, description="of its BMC; redfish: https://…")
+    mac: Annotated[str, Field(pattern=r"^([0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}$")] | None = Field(
+        None, description="wol: of the interface that wakes it"
+    )
+    broadcast: IpAddress = Field("255.255.255.255", description="wol: where the magic packet goes")
+    system: str | None = Field(None, description="redfish: path of the system; default the only one of the BMC")
+
+    @model_validator(mode="after")
+    def _complete(self) -> PowerFacts:
+        needed = {"wol": "mac", "ipmi": "address", "redfish": "address"}.get(self.kind)
+        if needed is not None and getattr(self, needed) is None:
+            raise ValueError(f"kind {self.kind} needs {needed}")
+        if self.kind == "redfish" and not str(self.address).startswith("https://"):
+            raise ValueError("the address of a redfish BMC starts with https://")
+        return self
+
+
+class AutoscalerFacts(Facts):
+    """How fast autoscaled pools follow what Serve asks for."""
+
+    idle_timeout_s: StrictInt = Field(300, gt=0, description="a node without work for so long leaves Ray")
+    upscaling_speed: Number = Field(1.0, gt=0, description="nodes that may come at once, per running node of a pool")
+    power_ons: StrictInt = Field(4, gt=0, description="hosts that are switched on at the same time")
+    cycles_per_day: StrictInt = Field(12, gt=0, description="how often a host may be switched on within a day")
 
 
 class AppFacts(Facts):
@@ -182,7 +222,9 @@ class ClusterFacts(Facts):
     image_patches: AbsolutePath | None = Field(
         None, description="folder on the controller with *.patch files for vLLM's source, applied by name"
     )
-    image_registry: str | None = Field(None, description="registry that `image push` brings the engine's image to")
+    image_registry: str | None = Field(
+        None, description="registry that the engine's image moves through; default the host of the group `registry`"
+    )
     service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")] = Field(
         "ray", description="the user that runs Ray; made by the role baseline"
     )
@@ -195,6 +237,7 @@ class ClusterFacts(Facts):
     object_store_gib: Number | None = Field(None, gt=0, description="Ray's own default is 30 % of memory")
     serve: ServeFacts = ServeFacts()
     log_rotation: LogRotation = LogRotation()
+    autoscaler: AutoscalerFacts = AutoscalerFacts()
     # Not strict: `-e clusterkit_allow_disruption=true` arrives as text.
     allow_disruption: bool = Field(False, description="consent to stop replicas where a change needs it")
     max_unavailable: StrictInt = Field(
@@ -220,6 +263,7 @@ class HostFacts(Facts):
 
     node_ip: IpAddress | None = Field(None, description="Ray's address; default `ansible_host` if that is an IP")
     fabric_interface: str | None = Field(None, description="for NCCL, RCCL and Gloo")
+    power: PowerFacts = PowerFacts()
 
 
 SCOPES: dict[str, type[Facts]] = {"cluster": ClusterFacts, "pool": PoolFacts, "host": HostFacts}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, Tag, ValidationError
 
 from clusterkit.spec import checks
-from clusterkit.spec.cluster import App, ClusterSpec, Host, Model, Pool
+from clusterkit.spec.cluster import App, ClusterSpec, Host, Model, Pool, Registry
 from clusterkit.spec.facts import (
     SCOPES,
     AppFacts,
@@ -33,6 +33,7 @@ PREFIX = "clusterkit_"
 HEAD_GROUP = "ray_head"
 WORKER_GROUP = "ray_workers"
 MANAGED_GROUP = "managed_hosts"
+REGISTRY_GROUP = "registry"
 
 T = TypeVar("T", bound=Facts)
 
@@ -62,7 +63,9 @@ class _Loader:
         facts, cluster_values = self._cluster()
         pools = self._pools()
         hosts = self._hosts(pools)
+        registry = self._registry(facts, hosts or {})
         stack = self._stack(facts, pools, cluster_values)
+        self.findings += checks.autoscaling(pools, hosts or {}, stack, self.raw)
         apps = self._apps(facts, pools, cluster_values)
         self.findings += checks.capacity(apps, pools, cluster_values.get("apps", RawValue()))
         if facts is not None:
@@ -72,7 +75,13 @@ class _Loader:
             return None, found
         head = self.raw.group(HEAD_GROUP)[0]
         spec = ClusterSpec(
-            facts=facts, stack=stack, head=head, hosts=hosts, pools=pools, apps=tuple(app for _, app in apps)
+            facts=facts,
+            stack=stack,
+            head=head,
+            hosts=hosts,
+            pools=pools,
+            apps=tuple(app for _, app in apps),
+            registry=registry,
         )
         return spec, []
 
@@ -201,15 +210,7 @@ class _Loader:
             node_ip = facts.node_ip or self._ansible_ip(name)
             if node_ip is None:
                 complete = False
-                self.findings.append(
-                    Finding(
-                        self.raw.place_of(name),
-                        "clusterkit_node_ip",
-                        "Ray's address of this host is not known, and `ansible_host` is no IP address",
-                        "set clusterkit_node_ip to the host's address on the management network",
-                        (name,),
-                    )
-                )
+                self._no_address(name, "Ray's address")
                 continue
             hosts[name] = Host(
                 name=name,
@@ -221,6 +222,46 @@ class _Loader:
             )
         self.findings += checks.addresses(hosts, self.raw)
         return hosts if complete else None
+
+    def _registry(self, facts: ClusterFacts | None, hosts: Mapping[str, Host]) -> Registry | None:
+        """The host of the group `registry`; it may be one of the cluster's, or another one."""
+        members = self.raw.group(REGISTRY_GROUP)
+        if not members:
+            return None
+        name = members[0]
+        # Options of its role, but where it is reached is everybody's business. Their types are checked with the roles'.
+        said = {
+            option: value.value
+            for option in ("port", "tls", "proxy_remote_url")
+            if (value := self.raw.hosts.get(name, {}).get(f"registry_{option}")) is not None and value.value is not None
+        }
+        self.findings += checks.registry(facts, members, said, self.raw)
+        node_ip = hosts[name].node_ip if name in hosts else self._own_ip(name)
+        if node_ip is None:
+            self._no_address(name, "the registry's address")
+            return None
+        try:
+            proxy = bool(said.pop("proxy_remote_url", ""))
+            return Registry(host=name, node_ip=node_ip, proxy=proxy, **said)
+        except ValidationError:
+            return None  # reported with the role's options
+
+    def _own_ip(self, host: str) -> str | None:
+        """The address of a host that is not in the cluster."""
+        values, readers = self._collect("host", [host])
+        facts = self._validate(HostFacts, values, readers, (host,))
+        return facts.node_ip or self._ansible_ip(host) if facts is not None else None
+
+    def _no_address(self, host: str, what: str) -> None:
+        self.findings.append(
+            Finding(
+                self.raw.place_of(host),
+                "clusterkit_node_ip",
+                f"{what} of this host is not known, and `ansible_host` is no IP address",
+                "set clusterkit_node_ip to the host's address on the management network",
+                (host,),
+            )
+        )
 
     def _ansible_ip(self, host: str) -> str | None:
         value = self.raw.hosts.get(host, {}).get("ansible_host")

@@ -15,7 +15,8 @@ STORE = workspace.cache_home()
 
 
 class ActionModule(ActionBase):
-    """Options: name, reference (pulled as it is) or recipe, engine and sources (built); registry, mirror."""
+    """Options: name, keep, reference (pulled as it is) or recipe, engine and sources (built); mirror; registry,
+    own_registry (how that one is reached, where it is the cluster's own), pull_registry (a cache in front of it)."""
 
     TRANSFERS_FILES = True
 
@@ -25,8 +26,9 @@ class ActionModule(ActionBase):
         base = {"name": args["name"]}
         if args.get("state", "present") == "absent":
             return self._module({**base, "state": "absent"}, task_vars)
+        base["keep"] = args.get("keep")
         if args.get("reference"):
-            return self._module({**base, "tag": args["reference"], "pull": True}, task_vars)
+            return self._module({**base, "tag": args["reference"], "pull": args["reference"]}, task_vars)
         try:
             return self._built(args, base, task_vars)
         except ClusterkitError as error:
@@ -46,16 +48,19 @@ class ActionModule(ActionBase):
                 f"the host is {info['machine']}, the controller {machine}: images are built for one's own\n"
                 "Fix: run from a controller of that architecture, or name an image: clusterkit_image"
             )
-        if info["current"]:
+        if info["current"] and not info["prunable"]:
             return info
         if info["tag"]:
             return self._module({**base, "tag": info["tag"]}, task_vars)
         if self._task.check_mode:
             return self._module({**base, "tag": f"{images.REPOSITORY}-{recipe['name']}:(to be built)"}, task_vars)
         made = images.archive(plan, store=STORE, site=images.Site.of(recipe, debian_mirror=args.get("mirror") or ""))
-        if args.get("registry"):
-            name = images.push(made.tag, args["registry"], made.archive)
-            return self._module({**base, "tag": name, "pull": True}, task_vars)
+        to = args.get("registry")
+        if to:
+            pushed = images.push(made.tag, to, made.archive, args.get("own_registry"), store=STORE)
+            by = args.get("pull_registry") or to
+            source, *parts = (by + name.removeprefix(to) for name in (pushed.reference, *pushed.parts))
+            return self._module({**base, "tag": made.tag, "pull": source, "parts": parts}, task_vars)
         try:
             (remote,) = transfer.bring(self, made.archive)
             return self._module({**base, "tag": made.tag, "archive": remote}, task_vars)

@@ -17,11 +17,12 @@ pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
 HOSTS = ("head", "worker1", "worker2")
 Json = dict[str, Any]
 
-# Names, owners, modes, sizes and times of everything that a run writes; Ray's session and caches go on by
-# themselves. And what Docker and systemd have.
+# Names, owners, modes, sizes and times of everything that a run writes; Ray's session, caches and what
+# the launcher knows of shared memory go on by themselves. And what Docker and systemd have.
 SNAPSHOT = """
 find /etc /usr/local /opt/clusterkit /var/lib/clusterkit /var/log/clusterkit /var/lib/dpkg /var/lib/apt \
-  \\( -name __pycache__ -o -path /var/lib/clusterkit/ray -o -path '*/cache' -o -name '*.log' \\) -prune \
+  \\( -name __pycache__ -o -path /var/lib/clusterkit/ray -o -path '*/cache' -o -name '*.log' \
+     -o -name shared-memory.json \\) -prune -o -type d -printf '%p %m %u %g\\n' \
   -o -printf '%p %m %u %g %s %T@ %l\\n' 2>/dev/null | sort
 docker image ls --all --no-trunc --format '{{.Repository}}:{{.Tag}} {{.ID}}' 2>/dev/null | sort
 docker ps --no-trunc --filter name=clusterkit-ray 2>/dev/null | cut -d' ' -f1

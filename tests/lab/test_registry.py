@@ -1,61 +1,220 @@
-"""The image by way of an on-prem registry: a real one, on the head, behind a certificate of the site's own."""
+"""The engine's image by way of the cluster's own registry: real docker-registry, dockerd and SSH, and what goes wrong.
+
+The head is the registry's host, too. Ray is not started: the image is all that is looked at. The tests go through the
+cluster's life in their order; each leaves it converged.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import Cluster, Maker, playbook, recap
+from tests.lab.conftest import BIN, ENVIRONMENT, Cluster, Maker, clusterkit, playbook, recap
+from tests.lab.kill_at import family
+from tests.lab.test_killed import when
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
-CONFIG = """\
-version: 0.1
-storage: {filesystem: {rootdirectory: /var/lib/docker-registry}}
-http:
-  addr: :5000
-  tls: {certificate: /etc/docker/registry/tls.crt, key: /etc/docker/registry/tls.key}
+ROLES = "registry,baseline,container_engine,vllm_image"
+STORAGE = "/var/lib/clusterkit-registry"
+CURRENT = "clusterkit/vllm:current"
+INVENTORY = """\
+all:
+  children:
+    registry:
+      hosts:
+        head:
 """
 
 
-@pytest.fixture
-def registry(lab_of: Maker, tmp_path: Path) -> Iterator[tuple[Cluster, str, Path]]:
-    """A lab whose head runs Debian's docker-registry, its address, and the certificate that it is trusted by."""
-    lab = lab_of("registrytest", "--workers", "1")
-    address = lab.on("head", "hostname -I").split()[0]
-    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
-    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=registry"]
-    request += ["-addext", f"subjectAltName=IP:{address}", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(request, check=True, capture_output=True)
-    lab.on("head", "apt-get update -qq && apt-get install -y -qq --no-install-recommends docker-registry")
-    for name, text in (
-        ("config.yml", CONFIG),
-        ("tls.crt", certificate.read_text()),
-        ("tls.key", key.read_text()),
-    ):
-        lab.on("head", f"cat > /etc/docker/registry/{name} <<'END'\n{text}END")
-    lab.on("head", "chown -R docker-registry /etc/docker/registry && systemctl restart docker-registry")
-    # This machine pushes: its dockerd trusts the certificate as the site would have it.
-    trusted = Path("/etc/docker/certs.d") / f"{address}:5000"
-    trusted.mkdir(parents=True)
-    shutil.copy(certificate, trusted / "ca.crt")
-    yield lab, f"{address}:5000", certificate
-    shutil.rmtree(trusted)
+@pytest.fixture(scope="module")
+def lab(lab_of: Maker) -> Iterator[Cluster]:
+    """Three hosts; the head is in the group `registry`."""
+    made = lab_of("registrytest", "--workers", "2")
+    (made.inventory / "registry.yml").write_text(INVENTORY)
+    yield made
+    (made.inventory / "registry.yml").unlink()
 
 
-def test_hosts_pull_what_the_controller_pushed(registry: tuple[Cluster, str, Path]) -> None:
-    lab, address, certificate = registry
-    trust = {"container_engine_registry_ca": {address: str(certificate)}, "vllm_image_registry": address}
-    words = ("--limit", "worker1", "--tags", "baseline,container_engine,vllm_image", "-e", json.dumps(trust))
-    done = playbook("site.yml", lab.inventory, *words)
+@pytest.fixture(scope="module")
+def address(lab: Cluster) -> str:
+    return lab.on("head", "hostname -I").split()[0] + ":5000"
+
+
+def deploy(lab: Cluster, *words: str, tags: str = ROLES) -> subprocess.CompletedProcess[str]:
+    return playbook("site.yml", lab.inventory, "--tags", tags, *words)
+
+
+def changed(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
     assert done.returncode == 0, done.stdout[-4000:]
-    image = json.loads(lab.on("worker1", "docker image inspect clusterkit/vllm:current"))[0]
-    assert [digest for digest in image["RepoDigests"] if digest.startswith(f"{address}/clusterkit/vllm-cpu@sha256:")]
+    return {host: count["changed"] for host, count in recap(done.stdout).items() if count["changed"]}
+
+
+def log(lab: Cluster) -> list[str]:
+    """What the registry was asked for, as `GET /v2/...`."""
+    lab.on("head", "journalctl --sync")
+    text = lab.on("head", "journalctl -q --no-pager -o cat -u docker-registry")
+    return re.findall(r'"((?:GET|PUT|POST) /v2/\S+) HTTP/1.1" 20\d', text)
+
+
+def without_image(lab: Cluster, host: str) -> None:
+    ids = "$(docker image ls --all --quiet --filter label=clusterkit.image | sort -u)"
+    lab.on(host, f"docker image rm --force {ids} 2>&1")
+    assert current(lab, host) == ""
+
+
+def current(lab: Cluster, host: str) -> str:
+    """The id of the image that Ray would be started in; nothing where there is none."""
+    return lab.on(host, f"docker image inspect --format '{{{{.Id}}}}' {CURRENT} 2>/dev/null", check=False).strip()
+
+
+def test_hosts_pull_what_the_controller_pushed(lab: Cluster, address: str) -> None:
+    # Nothing is told to this machine's dockerd; the check comes first, on hosts that are bare.
+    assert changed(deploy(lab, "--check")).keys() == {"head", "worker1", "worker2"}
+    assert changed(deploy(lab)).keys() == {"head", "worker1", "worker2"}
+    assert not (Path("/etc/docker/certs.d") / address).exists()
+    found = [json.loads(lab.on(host, f"docker image inspect {CURRENT}"))[0] for host in ("head", "worker1", "worker2")]
+    (digest,) = {name for image in found for name in image["RepoDigests"] if name.startswith(f"{address}/")}
+    assert re.fullmatch(rf"{address}/clusterkit/vllm-cpu@sha256:[0-9a-f]{{64}}", digest)
+    assert len({image["Id"] for image in found}) == 1
     assert lab.on("worker1", "/opt/clusterkit/bin/ray-python -c 'import ray; print(ray.__version__)'") == "2.60.0"
-    again = playbook("site.yml", lab.inventory, *words)
-    assert recap(again.stdout)["worker1"]["changed"] == 0
+    pushed = json.loads(clusterkit("image", "push", "-i", str(lab.inventory), "--json").stdout)
+    assert (pushed["image"], pushed["sent_layers"]) == (digest, 0)
+
+
+def test_a_run_with_nothing_to_do_moves_no_byte_of_an_image(lab: Cluster) -> None:
+    before = log(lab)
+    assert changed(deploy(lab)) == {}
+    asked = log(lab)[len(before) :]
+    assert set(asked) <= {"GET /v2/"}, asked
+
+
+def test_a_host_that_lacks_the_image_has_it_from_the_registry(lab: Cluster) -> None:
+    without_image(lab, "worker2")
+    assert changed(deploy(lab, "--limit", "worker2", tags="vllm_image")) == {"worker2": 1}
+    assert current(lab, "worker2") == current(lab, "worker1")
+
+
+def test_a_registry_that_is_away_is_named(lab: Cluster, address: str) -> None:
+    without_image(lab, "worker1")
+    lab.on("head", "systemctl stop docker-registry")
+    failed = deploy(lab, "--limit", "worker1", tags="vllm_image")
+    assert failed.returncode != 0
+    assert f"the registry {address} does not answer" in failed.stdout
+    assert "systemctl status docker-registry" in failed.stdout
+    assert current(lab, "worker1") == ""
+    # A host that has its image does not ask for it.
+    assert changed(deploy(lab, "--limit", "worker2", tags="vllm_image")) == {}
+    # The whole run brings the registry back first.
+    assert changed(deploy(lab)) == {"head": 1, "worker1": 1}
+    assert current(lab, "worker1") == current(lab, "worker2")
+
+
+def largest(lab: Cluster) -> str:
+    """The file of the largest layer in the registry's storage."""
+    blobs = f"{STORAGE}/docker/registry/v2/blobs"
+    return lab.on("head", f"find {blobs} -name data -printf '%s %p\\n' | sort -n | tail -1").split()[1]
+
+
+def test_a_damaged_layer_is_refused_and_mended(lab: Cluster, address: str) -> None:
+    without_image(lab, "worker1")
+    lab.on("head", f"printf clusterkit | dd of={largest(lab)} bs=1 seek=100000 conv=notrunc")
+    failed = deploy(lab, "--limit", "worker1", tags="vllm_image")
+    assert failed.returncode != 0
+    assert f"a layer is damaged in the registry {address}" in failed.stdout
+    assert current(lab, "worker1") == "", "nothing half-used"
+    path = re.search(r"rm -r (docker/registry/v2/blobs/sha256/[0-9a-f]{2}/[0-9a-f]{64})", failed.stdout)
+    assert path, failed.stdout[-2000:]
+    lab.on("head", f"cd {STORAGE} && rm -r {path[1]}")
+    before = log(lab)
+    assert changed(deploy(lab, "--limit", "worker1", tags="vllm_image")) == {"worker1": 1}
+    sent = [line for line in log(lab)[len(before) :] if line.startswith("PUT") and "/blobs/uploads/" in line]
+    assert len(sent) == 1, "the layer alone was pushed again"
+    assert current(lab, "worker1") == current(lab, "worker2")
+
+
+def received(lab: Cluster, host: str) -> int:
+    return int(lab.on(host, "cat /sys/class/net/eth0/statistics/rx_bytes"))
+
+
+def test_a_pull_that_is_cut_names_the_registry_and_the_next_run_converges(lab: Cluster, address: str) -> None:
+    without_image(lab, "worker1")
+    start = received(lab, "worker1")
+    # Well into the layers; the code that Ansible brings is smaller.
+    begun = lambda: received(lab, "worker1") - start > 60_000_000  # noqa: E731
+    with when(begun, lambda: lab.on("head", "systemctl stop docker-registry")) as cut:
+        failed = deploy(lab, "--limit", "worker1", tags="vllm_image")
+    assert cut
+    assert failed.returncode != 0, failed.stdout[-3000:]
+    assert f"the registry {address}" in failed.stdout
+    assert current(lab, "worker1") == ""
+    assert changed(deploy(lab)) == {"head": 1, "worker1": 1}
+    assert current(lab, "worker1") == current(lab, "worker2")
+    names = lab.on(
+        "worker1", "docker image ls --all --format '{{.Repository}}:{{.Tag}}' --filter label=clusterkit.image"
+    )
+    assert sorted(names.split()) == [current_tag(lab), CURRENT], "no part is left"
+
+
+def current_tag(lab: Cluster) -> str:
+    told = json.loads(clusterkit("image", "plan", "-i", str(lab.inventory), "--json").stdout)
+    return str(told["image"])
+
+
+def test_a_run_that_is_killed_in_the_middle_of_a_pull(lab: Cluster) -> None:
+    without_image(lab, "worker1")
+    start = received(lab, "worker1")
+    command = [str(BIN / "ansible-playbook"), "site.yml", "-i", str(lab.inventory), "--tags", "vllm_image"]
+    run = subprocess.Popen([*command, "--limit", "worker1"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
+    def kill() -> None:
+        for pid in (run.pid, *family(run.pid)):
+            os.kill(pid, signal.SIGKILL)
+
+    with when(lambda: received(lab, "worker1") - start > 60_000_000, kill) as killed:
+        run.wait()
+    assert killed
+    # What it had begun on the host may come to its end there: then the name is a whole image's.
+    lab.on("worker1", "while pgrep -f '[d]ocker pull' >/dev/null; do sleep 0.2; done")
+    assert current(lab, "worker1") in ("", current(lab, "worker2"))
+    assert deploy(lab, "--limit", "worker1", tags="vllm_image").returncode == 0
+    assert current(lab, "worker1") == current(lab, "worker2")
+    assert changed(deploy(lab, "--limit", "worker1", tags="vllm_image")) == {}
+
+
+def test_older_images_go_and_a_used_one_stays(lab: Cluster) -> None:
+    for number in (1, 2, 3):
+        lab.on(
+            "worker1",
+            f"docker create --name old {CURRENT} true && docker commit --change 'LABEL clusterkit.inputs=old{number}'"
+            f" old clusterkit/vllm-cpu:old{number} && docker rm old",
+        )
+    # It never ran.
+    lab.on("worker1", "docker create --name holds clusterkit/vllm-cpu:old1 true")
+    one = ("--limit", "worker1")
+    assert changed(deploy(lab, "--check", *one, tags="vllm_image")) == {"worker1": 1}
+    assert changed(deploy(lab, *one, tags="vllm_image")) == {"worker1": 1}
+    names = lab.on("worker1", "docker image ls --format '{{.Repository}}:{{.Tag}}' 'clusterkit/vllm*'").split()
+    tags = {name for name in names if not name.endswith("<none>")}
+    assert tags == {current_tag(lab), CURRENT, "clusterkit/vllm-cpu:old1", "clusterkit/vllm-cpu:old3"}
+    assert changed(deploy(lab, *one, tags="vllm_image")) == {}
+    lab.on("worker1", "docker rm holds")
+    assert changed(deploy(lab, *one, tags="vllm_image")) == {"worker1": 1}
+    assert "old1" not in lab.on("worker1", "docker image ls 'clusterkit/vllm*'")
+
+
+def test_nothing_runs_on_after_the_registry_is_removed(lab: Cluster, address: str) -> None:
+    done = playbook("playbooks/remove.yml", lab.inventory, "-e", "remove_data=true")
+    assert done.returncode == 0, done.stdout[-4000:]
+    left = f"ls -d {STORAGE} /etc/clusterkit-registry /usr/bin/docker-registry 2>/dev/null"
+    assert lab.on("head", left, check=False) == ""
+    assert lab.on("worker1", f"ls -d /etc/docker/certs.d/{address} 2>/dev/null", check=False) == ""
+    again = playbook("playbooks/remove.yml", lab.inventory, "-e", "remove_data=true")
+    assert again.returncode == 0, again.stdout[-4000:]

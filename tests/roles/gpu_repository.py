@@ -26,6 +26,12 @@ echo "menuentry 'Debian' {
   linux /boot/vmlinuz-$(uname -r) root=/dev/vda1 ro $GRUB_CMDLINE_LINUX $GRUB_CMDLINE_LINUX_DEFAULT
 }" >/boot/grub/grub.cfg
 """
+# As NVIDIA's driver, which leaves the making of its device files to others.
+NVIDIA_CTK = """#!/bin/sh
+[ "$*" = "system create-device-nodes --control-devices --load-kernel-modules" ] || exit 2
+[ -e /sys/module/nvidia ] || { echo "nvidia-ctk: the kernel modules cannot be loaded" >&2; exit 1; }
+touch /dev/nvidiactl /dev/nvidia-uvm
+"""
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
@@ -217,25 +223,23 @@ class Shop:
         self.publish(f"amd/rocm/apt/{rocm}", [tool], key=key, suite=suite, origin=origin)
         (self.root / "amd/rocm/rocm.gpg.key").write_bytes(self.key(key))
 
-    def nvidia(self, versions: list[str], toolkits: list[str]) -> None:
-        """debian12 of the CUDA repository with these drivers, and the container toolkit's."""
+    def nvidia(self, versions: list[str], toolkits: list[str], *, smi: str = "#!/bin/sh\nexit 9\n") -> None:
+        """debian12 of the CUDA repository with these drivers, and the container toolkit's.
+
+        A driver is pinned by its branch or by its version: nvidia-driver-pinning-580, nvidia-driver-pinning-580.105.08.
+        """
         found = []
         unit = "[Service]\nExecStart=/bin/sleep infinity\n[Install]\nWantedBy=multi-user.target\n"
         for version in versions:
             branch = version.split(".")[0]
-            found.append(
-                self.package(
-                    f"nvidia-driver-pinning-{branch}",
-                    "1-1",
-                    {"/etc/apt/preferences.d/nvidia-pin": f"Package: *nvidia*\nPin: version {branch}.*\n"
-                     "Pin-Priority: 1000\n"},
-                    Provides="nvidia-driver-pinning",
-                    Conflicts="nvidia-driver-pinning",
-                )
-            )  # fmt: skip
+            for name, pattern in ((branch, f"{branch}.*"), (version, f"{version}-*")):
+                pin = f"Package: *nvidia*\nPin: version {pattern}\nPin-Priority: 1000\n"
+                files = {"/etc/apt/preferences.d/nvidia-driver-pin": pin}
+                one = {"Provides": "nvidia-driver-pinning", "Conflicts": "nvidia-driver-pinning"}
+                found.append(self.package(f"nvidia-driver-pinning-{name}", "1-1", files, **one))
             exact = f"{version}-1"
             found.append(self.driver("nvidia", "nvidia-kernel-open-dkms", exact, version, version))
-            found.append(self.package("nvidia-driver-cuda", exact, {"/usr/bin/nvidia-smi": "#!/bin/sh\nexit 9\n"}))
+            found.append(self.package("nvidia-driver-cuda", exact, {"/usr/bin/nvidia-smi": smi}))
             for name in ("nvidia-persistenced", "nvidia-fabricmanager"):
                 found.append(self.package(name, exact, {f"/lib/systemd/system/{name}.service": unit}))
         self.publish("nvidia/debian12/x86_64", found, key="nvidia", label="NVIDIA CUDA")
@@ -248,6 +252,7 @@ class Shop:
             files = {
                 "/lib/systemd/system/nvidia-cdi-refresh.path": path_unit,
                 "/lib/systemd/system/nvidia-cdi-refresh.service": refresh,
+                "/usr/bin/nvidia-ctk": NVIDIA_CTK,
             }
             tools.append(self.package("nvidia-container-toolkit-base", f"{version}-1", files))
             for name in ("nvidia-container-toolkit", "libnvidia-container-tools", "libnvidia-container1"):

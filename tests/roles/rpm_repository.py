@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from tests.roles.gpu_repository import kernel_module
+from tests.roles.gpu_repository import NVIDIA_CTK, kernel_module
 
 # RHEL 9.6's kernel, and one of its updates.
 KERNEL, NEWER_KERNEL = "5.14.0-570.el9", "5.14.0-570.12.1.el9_6"
@@ -218,6 +218,7 @@ class RpmShop:
             units = {"nvidia-cdi-refresh.path": PATH_UNIT}
             units["nvidia-cdi-refresh.service"] = "[Service]\nType=oneshot\nExecStart=/bin/true\n"
             files = {f"/usr/lib/systemd/system/{name}": text for name, text in units.items()}
+            files["/usr/bin/nvidia-ctk"] = NVIDIA_CTK
             packages.append(Rpm("nvidia-container-toolkit-base", f"{version}-1", files))
             for name in ("nvidia-container-toolkit", "libnvidia-container-tools", "libnvidia-container1"):
                 packages.append(Rpm(name, f"{version}-1"))

@@ -34,6 +34,7 @@ SITE = '{\n    "labels": ["rack=7"],\n  "log-opts": {"tag": "{{.Name}}", "max-si
 DAEMON: Json = {"default-ulimits": None}
 VARIABLES: Json = {
     "container_engine_log_rotation": {"max_mib": 100, "keep": 5},
+    "container_engine_registry": {},
     "container_engine_proxy": {"http": None, "https": None, "no_proxy": []},
     "container_engine_allow_disruption": False,
     "container_engine_bin": "/opt/clusterkit/bin",

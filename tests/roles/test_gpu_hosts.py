@@ -38,7 +38,7 @@ Json = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "clusterkit-gputest"
 SHOP = "http://127.0.0.1:8099"
-PROXY = {"http": None, "https": None, "no_proxy": []}
+PROXY: Json = {"http": None, "https": None, "no_proxy": []}
 ROCM: Json = {
     "rocm_host_version": "7.2.3",
     "rocm_host_driver_version": "30.30.3",
@@ -128,7 +128,16 @@ class Host:
         files = (path for path in self.shop.root.rglob("*") if path.is_file())
         self.put({f"/srv/{path.relative_to(self.shop.root)}": path.read_bytes() for path in files})
 
-    def play(self, role: str, *options: str, ok: bool = True, tasks: str = "main", **variables: Any) -> Run:
+    def play(
+        self,
+        role: str,
+        *options: str,
+        ok: bool = True,
+        tasks: str = "main",
+        given: Json | None = None,
+        **variables: Any,
+    ) -> Run:
+        """`given`: the role's variables by their names; `variables`: more of them, without its name."""
         play = [
             {
                 "name": "The role",
@@ -144,9 +153,9 @@ class Host:
             },
         ]
         (self.folder / "play.yml").write_text(yaml.safe_dump(play))
-        base = ROCM if role == "rocm_host" else CUDA
-        given = {**base, **{f"{role}_{name}": value for name, value in variables.items()}}
-        (self.folder / "variables.json").write_text(json.dumps(given))
+        base = given or (ROCM if role == "rocm_host" else CUDA)
+        said = {**base, **{f"{role}_{name}": value for name, value in variables.items()}}
+        (self.folder / "variables.json").write_text(json.dumps(said))
         words = ["-i", str(self.folder / "hosts"), "-e", f"@{self.folder}/variables.json"]
         run = ansible_playbook(self.folder, *words, str(self.folder / "play.yml"), *options)
         assert (run.code == 0) is ok, run.text
@@ -456,6 +465,8 @@ def test_rocm_removal_takes_away_what_the_role_made(host: Host) -> None:
 # ------------------------------------------------------------------ cuda_host
 
 
+UNITS = ["clusterkit-nvidia-devices.service", "nvidia-persistenced.service", "nvidia-fabricmanager.service"]
+UNITS += ["nvidia-cdi-refresh.path"]
 SWITCH = "mkdir -p /root/pci/0000:07:00.0 && cd /root/pci/0000:07:00.0 && echo 0x10de >vendor && echo 0x22a3 >device"
 
 
@@ -505,8 +516,10 @@ def test_cuda_installs_the_branch_with_its_fabric_manager(host: Host) -> None:
     host.reboot("nvidia", "580.65.06")
     done = host.cuda()
     assert not done.waits_for_reboot
-    for unit in ("nvidia-persistenced.service", "nvidia-fabricmanager.service", "nvidia-cdi-refresh.path"):
+    for unit in UNITS:
         assert host.sh(f"systemctl is-enabled {unit}; systemctl is-active {unit}").split() == ["enabled", "active"]
+    # The driver makes no device files; what CUDA opens is there before the first engine.
+    assert host.sh("ls /dev/nvidia-uvm").strip() == "/dev/nvidia-uvm"
     again = host.cuda()
     assert again.changed == 0, again.text
 
@@ -564,6 +577,6 @@ def test_cuda_removal_takes_away_what_the_role_made(host: Host) -> None:
     assert host.held() == []
     left = host.sh("dpkg-query -W -f '${Package} ${db:Status-Status}\\n'")
     assert "nvidia" not in left.replace(" not-installed", "")
-    made = host.sh("ls /etc/apt/sources.list.d /etc/apt/keyrings /etc/apt/preferences.d /etc/modprobe.d", check=False)
+    made = host.sh("ls -R /etc/apt /etc/modprobe.d /etc/systemd/system", check=False)
     assert "clusterkit" not in made
     assert host.cuda(tasks="remove").changed == 0

@@ -1,10 +1,10 @@
-"""rocm_host and cuda_host with real dnf 4, rpm and versionlock, in a Debian 12 system container dressed as Rocky 9.
+"""The roles of GPU hosts with real dnf 4, rpm and versionlock, in a Debian 12 system container dressed as Rocky 9.
 
 Debian has the programs of EL; dpkg and apt are put aside. The repositories are stand-ins, built, signed and served in
-the container; files stand for os-release, `uname`, grubby and what the kernel knows. Streams of modules are dnf's own,
-with our list of them. What that cannot show: EL's own packages and settings, kernel packages that build an initramfs
-or boot entries, DKMS and dracut, grubby itself, SELinux, subscriptions and mirror lists. The tests of each role go
-through one host's life in their order.
+the container; files stand for os-release, `uname`, grubby and what the kernel knows, RDMA ports with it. Streams of
+modules are dnf's own, with our list of them. What that cannot show: EL's own packages and settings, kernel packages
+that build an initramfs or boot entries, DKMS and dracut, grubby itself, SELinux, subscriptions and mirror lists. The
+tests of each role go through one host's life in their order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pytest
 from clusterkit import lab
 from tests.roles.lonely_host import lonely_host, wait_for_systemd
 from tests.roles.rpm_repository import KERNEL, NEWER_KERNEL, Rpm, RpmShop
-from tests.roles.test_gpu_hosts import ROOT, SHOP, SWITCH, Host
+from tests.roles.test_gpu_hosts import PROXY, ROOT, SHOP, SWITCH, UNITS, Host
 from tests.support import docker_client
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
@@ -368,7 +368,7 @@ def test_cuda_installs_the_branch_of_its_stream_with_its_fabric_manager(host: El
     assert {"kmod-nvidia-open-dkms-3:580.65.06-1.el9.*", f"kernel-core-0:{KERNEL}.*"} <= set(host.held())
     host.reboot("nvidia", "580.65.06")
     host.cuda(toolkit_version="1.19.0")
-    for unit in ("nvidia-persistenced.service", "nvidia-fabricmanager.service", "nvidia-cdi-refresh.path"):
+    for unit in UNITS:
         assert host.sh(f"systemctl is-enabled {unit}; systemctl is-active {unit}").split() == ["enabled", "active"]
     again = host.cuda(toolkit_version="1.19.0")
     assert again.changed == 0, again.text
@@ -420,3 +420,95 @@ def test_cuda_removal_takes_away_what_the_role_made(host: ElHost) -> None:
     assert "clusterkit" not in made
     assert "nvidia-driver" not in made
     assert host.cuda(tasks="remove").changed == 0
+
+
+# ------------------------------------------------------------------ rdma_fabric
+
+FABRIC: Json = {
+    "rdma_fabric_interface": "lo",
+    "rdma_fabric_accelerator": "rocm",
+    "rdma_fabric_rocm": "7.2.3",
+    "rdma_fabric_user": "ray",
+    "rdma_fabric_config_path": "/etc/clusterkit",
+    "rdma_fabric_package_record": "/var/lib/clusterkit/packages.json",
+    "rdma_fabric_proxy": PROXY,
+}
+# Of EL's BaseOS and AppStream; rdma-core.spec has the first three.
+TOOLS = ["rdma-core", "libibverbs-utils", "infiniband-diags", "perftest", "ethtool"]
+FILES = "ls /etc/clusterkit/fabric.json /etc/security/limits.d/60-clusterkit-rdma.conf"
+# A port whose address is the loopback's; laid out as the kernel's Documentation/ABI/stable/sysfs-class-infiniband.
+PORT = "/root/class/infiniband/mlx5_0/ports/1"
+RDMA = f"""
+set -e
+mkdir -p /etc/clusterkit /root/class/net /root/class/infiniband/mlx5_0/device {PORT}/gids \
+    {PORT}/gid_attrs/types {PORT}/gid_attrs/ndevs
+cd {PORT}
+echo '4: ACTIVE' >state; echo '5: LinkUp' >phys_state; echo '400 Gb/sec (4X NDR)' >rate; echo Ethernet >link_layer
+echo 0000:0000:0000:0000:0000:ffff:7f00:0001 >gids/0; echo 'RoCE v2' >gid_attrs/types/0; echo lo >gid_attrs/ndevs/0
+ln -sfn ../../../../bus/pci/drivers/mlx5_core /root/class/infiniband/mlx5_0/device/driver
+mount --bind /sys/class/net /root/class/net
+mount --rbind /root/class /sys/class
+"""
+
+
+@pytest.fixture(scope="module")
+def fabric(host: ElHost) -> Iterator[ElHost]:
+    """The host with an RDMA card, and with the tools in its repositories."""
+    host.rpms.publish("appstream", [Rpm(name, "1-1.el9") for name in TOOLS])
+    source = f"[appstream]\nname=Stands for AppStream\nbaseurl={SHOP}/appstream\nenabled=1\ngpgcheck=0\n"
+    host.write("/etc/yum.repos.d/appstream.repo", source)
+    host.sh("rm -f /var/lib/clusterkit/packages.json")
+    host.sh(RDMA)
+    yield host
+    host.sh("umount -l /sys/class; rm /etc/yum.repos.d/appstream.repo", check=False)
+
+
+def test_rdma_plan_of_a_bare_host_names_els_packages_and_changes_nothing(fabric: ElHost) -> None:
+    before = fabric.packages()
+    shown = fabric.play("rdma_fabric", "--check", "--diff", given=FABRIC).text
+    for wanted in (*(f"{name}: missing" for name in TOOLS), '"NCCL_IB_GID_INDEX": "0"', "ray hard memlock unlimited"):
+        assert wanted in shown, wanted
+    assert "ibverbs-utils: missing" not in shown.replace("libibverbs-utils: missing", ""), "Debian's name"
+    assert fabric.packages() == before
+    assert "No such file" in fabric.sh(f"{FILES} 2>&1", check=False)
+
+
+def test_rdma_tools_come_from_els_repositories_and_a_second_run_changes_nothing(fabric: ElHost) -> None:
+    assert fabric.play("rdma_fabric", given=FABRIC).changed == 2
+    assert fabric.versions(*TOOLS) == ["1-1.el9"] * len(TOOLS)
+    written = json.loads(fabric.sh("cat /etc/clusterkit/fabric.json"))
+    assert (written["NCCL_IB_HCA"], written["NCCL_IB_GID_INDEX"]) == ("=mlx5_0:1", "0")
+    assert sorted(json.loads(fabric.sh("cat /var/lib/clusterkit/packages.json"))["packages"]) == sorted(TOOLS)
+    # Converged, it asks no repository.
+    fabric.sh("rm -rf /var/cache/dnf; mv /etc/yum.repos.d/appstream.repo /root/")
+    again = fabric.play("rdma_fabric", given=FABRIC)
+    assert again.changed == 0, again.text
+    fabric.sh("mv /root/appstream.repo /etc/yum.repos.d/")
+
+
+def test_a_repository_without_one_of_the_tools_is_told_by_its_name(fabric: ElHost) -> None:
+    fabric.sh("dnf -y -q remove perftest")
+    fabric.rpms.publish("appstream", [Rpm(name, "1-1.el9") for name in TOOLS if name != "perftest"])
+    refused = said(fabric.play("rdma_fabric", ok=False, given=FABRIC).text)
+    assert "dnf cannot install perftest: " in refused
+    assert "Unable to find a match: perftest" in refused
+    fabric.rpms.publish("appstream", [Rpm(name, "1-1.el9") for name in TOOLS])
+    assert fabric.play("rdma_fabric", given=FABRIC).changed == 1
+
+
+def test_rdma_removal_takes_files_and_leaves_packages_that_can_be_named(fabric: ElHost) -> None:
+    assert fabric.play("rdma_fabric", tasks="remove", given=FABRIC).changed == 1
+    assert "No such file" in fabric.sh(f"{FILES} 2>&1", check=False)
+    assert fabric.versions(*TOOLS) == ["1-1.el9"] * len(TOOLS)
+    assert fabric.play("rdma_fabric", tasks="remove", given=FABRIC).changed == 0
+    # As the removal of the whole cluster says them.
+    named = fabric.module("distribution_packages", state="recorded", record=FABRIC["rdma_fabric_package_record"])
+    assert sorted(named["recorded"]) == sorted(TOOLS)
+
+
+def test_a_card_that_is_gone_takes_its_files_along(fabric: ElHost) -> None:
+    fabric.play("rdma_fabric", given=FABRIC)
+    fabric.sh("mv /root/class/infiniband/mlx5_0 /root/mlx5_0")
+    # The interface stays declared; without a card that is no matter.
+    assert fabric.play("rdma_fabric", given=FABRIC).changed == 1
+    assert "No such file" in fabric.sh(f"{FILES} 2>&1", check=False)

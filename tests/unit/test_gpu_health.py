@@ -97,6 +97,7 @@ def healthy(vendor: str = "amd") -> Json:
         "on_the_bus": 8,
         "nvswitches": 4 if vendor == "nvidia" else 0,
         "devices": devices,
+        "fabric": {"mlx5_0:1": "ACTIVE"},
         "log": [(NOW - 5000, "Linux version 6.8.0")],
         "log_problem": None,
         "boot": BOOT,
@@ -158,6 +159,10 @@ def device(name: str, count: int) -> Callable[[Json], None]:
     return lambda host: host["devices"].update({name: count})
 
 
+def port(state: str | None) -> Callable[[Json], None]:
+    return lambda host: host["fabric"].update({"mlx5_0:1": state})
+
+
 def says(*problems: str) -> Callable[[Json], None]:
     return lambda host: host["reading"]["problems"].extend(problems)
 
@@ -189,7 +194,10 @@ FAULTS = {
                          "deploy"),
     "no kfd": ("amd", device("/dev/kfd", 0), "devices", "error", "error", "host", "blacklisted"),
     "a render node too few": ("amd", device("/dev/dri/renderD*", 7), "devices", "error", "error", "host", "driver"),
-    "no nvidia-uvm": ("nvidia", device("/dev/nvidia-uvm", 0), "devices", "error", "error", "host", "nvidia-modprobe"),
+    "no nvidia-uvm": ("nvidia", device("/dev/nvidia-uvm", 0), "devices", "error", "error", "host",
+                      "clusterkit-nvidia-devices"),
+    "an RDMA port down": ("amd", port("INIT"), "rdma_port", "warning", "error", "RDMA port mlx5_0:1", "switch port"),
+    "an RDMA card gone": ("nvidia", port(None), "rdma_port", "warning", "error", "RDMA port mlx5_0:1", "cable"),
     "an nvidia device too few": ("nvidia", device("/dev/nvidia<n>", 7), "devices", "error", "error", "host", "driver"),
     "half the lanes": ("amd", put("pci", "width", value=8), "pcie_width", "error", "error", GPU6, "reseat"),
     "a slow link": ("amd", put("pci", "speed_gts", value=16.0), "pcie_speed", "error", "error", GPU6, "reseat"),
@@ -304,6 +312,29 @@ def test_a_line_of_the_kernel_log_becomes_a_finding(check: str) -> None:
         ]
         assert "2 in the kernel log" in found[0]["problem"]
         assert found[0]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        ("=mlx5_0:1,mlx5_1:1,mlx5_2:1", {"mlx5_0:1": "ACTIVE", "mlx5_1:1": "DOWN", "mlx5_2:1": None}),
+        # What is no list of ours is not judged: a pattern of the site's own, and AMD's plugin for ionic chooses itself.
+        ("mlx5", {}),
+        (None, {}),
+    ],
+)
+def test_the_ports_of_the_fabric_are_those_that_the_deploy_wrote(
+    tmp_path: Path, listed: str | None, found: dict[str, str | None]
+) -> None:
+    for name, state in (("mlx5_0", "4: ACTIVE\n"), ("mlx5_1", "1: DOWN\n"), ("mlx5_9", "1: DOWN\n")):
+        folder = tmp_path / f"sys/class/infiniband/{name}/ports/1"
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(state)
+    file = tmp_path / "fabric.json"
+    file.write_text(json.dumps({"NCCL_IB_HCA": listed} if listed else {}))
+    assert tool.read_fabric(str(tmp_path), str(file)) == found
+    assert tool.read_fabric(str(tmp_path), str(tmp_path / "none.json")) == {}
+    assert tool.read_fabric(str(tmp_path), None) == {}
 
 
 def test_every_pattern_has_a_line_a_fix_and_a_source() -> None:

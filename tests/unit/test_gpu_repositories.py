@@ -271,6 +271,7 @@ CUDA_CASES: dict[str, Case] = {
     "ubuntu 570": ("ubuntu", "22.04", {"driver_branch": "570", "open_modules": False, "pci": [SWITCH]}),
     "debian": ("debian", "12", {"driver_version": "580.65.06"}),
     "el 9": ("rhel", "9.6", {"driver_branch": "580", "pci": [SWITCH], "gpu_model": "B200"}),
+    "el 9 570": ("rocky", "9.6", {"driver_branch": "570", "pci": [SWITCH]}),
     "el 10": ("rocky", "10.0", {"driver_branch": "580", "open_modules": False, "dcgm": True}),
 }
 
@@ -319,6 +320,7 @@ def test_names_of_ubuntus_packages_changed_with_590(cuda: dict[str, Json]) -> No
         "ubuntu 590": "nvidia-fabricmanager",
         "ubuntu 570": "nvidia-fabricmanager-570",
         "el 9": "nvidia-fabricmanager",
+        "el 9 570": "nvidia-fabric-manager",
     }
 
 
@@ -334,6 +336,14 @@ def test_the_exact_driver_and_the_toolkit_at_one_version(cuda: dict[str, Json]) 
     assert "nvidia-fabricmanager.service" not in cuda["debian"]["units"]
     assert {"nvlsm", "libnvsdm"} <= set(cuda["el 9"]["packages"])
     assert {"kmod-nvidia-latest-dkms=580.*", "datacenter-gpu-manager-4-cuda13"} <= set(cuda["el 10"]["packages"])
+
+
+def test_device_files_are_made_before_anybody_opens_them(cuda: dict[str, Json]) -> None:
+    for found in cuda.values():
+        assert found["units"][0] == "clusterkit-nvidia-devices.service"
+        unit = text(found, "clusterkit-nvidia-devices.service")
+        assert "Before=docker.service clusterkit-ray.service nvidia-cdi-refresh.service\n" in unit
+        assert "/usr/bin/nvidia-ctk system create-device-nodes --control-devices --load-kernel-modules\n" in unit
 
 
 # ------------------------------------------------------------------ what runs at boot

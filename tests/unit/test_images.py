@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,39 @@ def test_no_client_with_buildkit_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         images.builder()
     assert "the plugin buildx is missing" in (caught.value.hint or "")
     images.builder.cache_clear()
+
+
+def test_the_archives_of_a_recipe_that_were_asked_for_last_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for age, (name, recipe) in enumerate([("e", "cpu"), ("d", "cpu"), ("c", "cpu"), ("x", "cuda"), ("b", "cpu")]):
+        (folder / f"{name}.json").write_text(json.dumps({"recipe": recipe, "made_of": {}}))
+        (folder / f"{name}.log").touch()
+        (folder / f"{name}.tar").touch()
+        os.utime(folder / f"{name}.tar", (1000 - age, 1000 - age))
+    # Its build failed: there is a log, and no archive.
+    (folder / "f.log").touch()
+    gone = images.forget_archives("cpu", store=tmp_path, keep=2)
+    assert [path.name for path in gone] == ["c.tar", "b.tar"]
+    assert {path.stem for path in folder.iterdir()} == {"e", "d", "x", "f"}
+    assert images.forget_archives("cpu", store=tmp_path, keep=2) == []
+
+
+def test_an_archive_that_is_used_is_the_newest(tmp_path: Path) -> None:
+    source = images.SourceImage(
+        recipe="cuda",
+        base=f"vendor/cuda@sha256:{'0' * 64}",
+        base_recipe="",
+        source="https://git.example/vllm.git",
+        ref="v0.29.0",
+        commit="a" * 40,
+        vllm="0.29.0",
+        ray=("ray[llm]==2.60.0",),
+        archs=("9.0",),
+    )
+    path = images.archive_of(source.tag, store=tmp_path)
+    path.parent.mkdir()
+    path.touch()
+    os.utime(path, (1000, 1000))
+    assert images.archive(source, store=tmp_path) == images.Built(source.tag, path, built=False)
+    assert path.stat().st_mtime > 1000

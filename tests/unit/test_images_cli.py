@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,19 @@ def test_nothing_is_pushed_without_a_registry_or_before_it_is_built(repository: 
     assert (done.returncode, "which registry?" in done.stderr) == (2, True)
     done = image(tmp_path, "push", "-e", source, "-e", BASE, "-e", "clusterkit_image_registry=registry.example:5000")
     assert (done.returncode, "is not built" in done.stderr) == (2, True)
+
+
+def test_a_pull_through_cache_is_not_pushed_to(repository: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "inventory"
+    shutil.copytree(ROOT / "inventory" / "mi300x", folder)
+    hosts = {"head1": {"registry_proxy_remote_url": "https://registry.example"}}
+    (folder / "registry.yml").write_text(json.dumps({"all": {"children": {"registry": {"hosts": hosts}}}}))
+    words = ("-i", str(folder), "-e", f"clusterkit_image_source={repository}", "-e", BASE)
+    refused = image(tmp_path, "push", *words, "--registry", "192.0.2.10:5000")
+    assert (refused.returncode, "192.0.2.10:5000 is a pull-through cache" in refused.stderr) == (2, True)
+    # The one behind it may well be pushed to.
+    allowed = image(tmp_path, "push", *words, "-e", "clusterkit_image_registry=registry.example")
+    assert (allowed.returncode, "is not built" in allowed.stderr) == (2, True)
 
 
 def test_an_inventory_that_does_not_validate_is_told_first(tmp_path: Path) -> None:

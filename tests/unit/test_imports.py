@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"clusterkit"}),
     frozenset({"clusterkit.errors"}),
-    frozenset({"clusterkit.workspace", "clusterkit.debian", "clusterkit.transfer"}),
+    # On the head host, without the rest of the kit: what they may need from outside stands in ALONE.
+    frozenset({"clusterkit.fleet", "clusterkit.node_provider"}),
+    frozenset({"clusterkit.workspace", "clusterkit.debian", "clusterkit.transfer", "clusterkit.registry"}),
     frozenset({"clusterkit.spec"}),
     frozenset({"clusterkit.render", "clusterkit.wheels", "clusterkit.stacks", "clusterkit.image_plan"}),
     frozenset({"clusterkit.inventory_file", "clusterkit.images"}),
@@ -28,12 +31,20 @@ LAYERS: tuple[frozenset[str], ...] = (
 OWNERS = {
     "ansible_runner": ("clusterkit.runner",),
     "ansible": (),
-    "ray": (),
+    "ray": ("clusterkit.node_provider",),
+    "sushy": ("clusterkit.fleet.power",),
     "docker": ("clusterkit.lab",),
     "typer": ("clusterkit.cli",),
     "click": ("clusterkit.cli",),
     "rich": ("clusterkit.cli",),
 }
+# Packages that run in small environments of their own, and what is in those beside the standard library.
+ALONE = {
+    "clusterkit.fleet": {"clusterkit.errors", "pydantic", "sushy"},
+    "clusterkit.node_provider": {"ray"},
+}
+# What runs as a program of its own, as the command line does.
+PROGRAMS = ("clusterkit.cli", "clusterkit.__main__", "clusterkit.fleet.__main__", "clusterkit.node_provider.__main__")
 # The spec and what is rendered from it are pure; reading the inventory's files is one module's.
 IMPURE = {"os", "pathlib", "shutil", "socket", "subprocess", "tempfile", "urllib", "http", "time", "httpx"}
 PURE = ("clusterkit.spec", "clusterkit.render", "clusterkit.plan")
@@ -45,6 +56,10 @@ SPEC_MAY_USE = ("serve_apps.template",)
 
 def within(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def top_of(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def row(name: str) -> int:
@@ -116,9 +131,13 @@ def problems(sources: Mapping[str, str]) -> list[str]:
                 bad = f"only {' and '.join(OWNERS[top]) or 'the targets'} may"
             elif top in IMPURE and within(name, *PURE) and not within(name, *READERS):
                 bad = "it is pure"
+            lonely = next((package for package in ALONE if within(name, package)), None)
+            known = top_of(target) in sys.stdlib_module_names
+            if lonely and not bad and not known and not within(target, lonely, *ALONE[lonely]):
+                bad = f"{lonely} runs without it"
             if bad:
                 found.append(f"{name}:{line} imports {target}: {bad}")
-        if not within(name, "clusterkit.cli", "clusterkit.__main__"):
+        if not within(name, *PROGRAMS):
             found += [f"{name}:{line} uses {what}: only clusterkit.cli prints or exits" for line, what in talks(tree)]
     return found
 
@@ -170,6 +189,14 @@ def test_every_module_is_looked_at() -> None:
         ("clusterkit.lab", "import sys\nsys.exit(1)", "uses sys.exit"),
         ("clusterkit.lab", "import sys\nsys.stderr.write('x')", "uses sys.stderr"),
         ("clusterkit.lab", "raise SystemExit", "uses SystemExit"),
+        ("clusterkit.fleet.daemon", "from clusterkit.spec.facts import Accelerator", "stands higher"),
+        ("clusterkit.fleet.daemon", "import httpx", "clusterkit.fleet runs without it"),
+        ("clusterkit.fleet.daemon", "import sushy", "only clusterkit.fleet.power may"),
+        ("clusterkit.fleet.daemon", "print('up')", "only clusterkit.cli prints or exits"),
+        ("clusterkit.node_provider.client", "from clusterkit.errors import UsageError", "runs without it"),
+        ("clusterkit.node_provider.client", "import pydantic", "clusterkit.node_provider runs without it"),
+        ("clusterkit.node_provider.client", "from clusterkit.fleet import config", "beside it"),
+        ("clusterkit.render.serve", "import ray", "only clusterkit.node_provider may"),
         ("serve_apps.llm.template", "from clusterkit.spec.facts import Accelerator", "knows nothing of the kit"),
         ("serve_apps.llm.template", "import ansible", "only the targets may"),
     ],
@@ -190,6 +217,10 @@ def test_what_would_break_it_is_seen(name: str, text: str, words: str) -> None:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import clusterkit.spec.findings",
         ),
         ("clusterkit.lab", "import docker"),
+        ("clusterkit.fleet.config", "import json\nfrom pydantic import BaseModel\nfrom clusterkit import errors"),
+        ("clusterkit.fleet.power.redfish", "import sushy"),
+        ("clusterkit.fleet.__main__", "import sys\nsys.exit(1)"),
+        ("clusterkit.node_provider.provider", "from ray.autoscaler.node_provider import NodeProvider"),
         ("clusterkit.spec.files", "from pathlib import Path"),
     ],
 )

@@ -220,6 +220,77 @@ def test_an_image_names_its_version(reference: str, pinned: bool) -> None:
     assert [finding.subject for finding in findings] == ([] if pinned else ["clusterkit_image"])
 
 
+def with_registry(cluster: Vars, *names: str, managed: bool = True, **own: Any) -> RawInventory:
+    """With the group `registry`; a host that is in no other group has the address 192.0.2.9."""
+    raw = inventory({**CONTAINER, **cluster})
+    hosts = dict(raw.hosts)
+    for name in names:
+        known = hosts.get(name, {"ansible_host": RawValue("192.0.2.9")})
+        hosts[name] = {**known, **{option: RawValue(value) for option, value in own.items()}}
+    groups = {**raw.groups, "registry": names}
+    if managed:
+        groups["managed_hosts"] = tuple(dict.fromkeys((*raw.groups["managed_hosts"], *names)))
+    return dataclasses.replace(raw, hosts=hosts, groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "names", "own", "address", "pushed_to"),
+    [
+        ({}, ("reg",), {}, "192.0.2.9:5000", "192.0.2.9:5000"),
+        ({}, ("h1",), {"registry_port": 5443}, "192.0.2.10:5443", "192.0.2.10:5443"),
+        ({}, ("reg",), {"clusterkit_node_ip": "2001:db8::9"}, "[2001:db8::9]:5000", "[2001:db8::9]:5000"),
+        ({"clusterkit_image_registry": "site.example"}, ("reg",), {}, "192.0.2.9:5000", "site.example"),
+        (
+            {"clusterkit_image_registry": "site.example"},
+            ("reg",),
+            {"registry_proxy_remote_url": "https://site.example"},
+            "192.0.2.9:5000",
+            "site.example",
+        ),
+        ({}, ("reg",), {"registry_proxy_remote_url": "https://registry-1.docker.io"}, "192.0.2.9:5000", None),
+    ],
+)
+def test_the_clusters_own_registry(
+    cluster: Vars, names: tuple[str, ...], own: Vars, address: str, pushed_to: str | None
+) -> None:
+    spec, findings = load(with_registry(cluster, *names, **own))
+    assert spec is not None, findings
+    fact = spec.published()
+    assert (fact["registry"]["address"], fact["image_registry"]) == (address, pushed_to)
+    assert fact["registry"]["proxy"] is ("registry_proxy_remote_url" in own)
+    assert set(fact["hosts"]) == {"h1", "w1", "w2"}, "a registry's host runs no Ray"
+
+
+def test_without_that_group_there_is_none() -> None:
+    fact = spec_of(CONTAINER).published()
+    assert (fact["registry"], fact["image_registry"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("raw", "subject", "problem"),
+    [
+        (with_registry({}, "reg", "reg2"), "registry", "2 registries: reg, reg2"),
+        (with_registry({}, "reg", managed=False), "registry", "root work is done on managed_hosts only"),
+        (with_registry({}, "reg", ansible_host="reg.example"), "clusterkit_node_ip", "the registry's address of this"),
+        (
+            with_registry(
+                {"clusterkit_image": None, "clusterkit_image_base": f"vendor/base:1@sha256:{'0' * 64}"},
+                "reg",
+                registry_proxy_remote_url="https://registry-1.docker.io",
+            ),
+            "registry_proxy_remote_url",
+            "a pull-through cache cannot be pushed to",
+        ),
+    ],
+)
+def test_a_registry_that_cannot_be(raw: RawInventory, subject: str, problem: str) -> None:
+    spec, findings = load(raw)
+    (finding,) = findings
+    assert spec is None
+    assert finding.subject == subject
+    assert problem in finding.problem
+
+
 def test_a_host_in_no_pool() -> None:
     raw = inventory()
     loose = dataclasses.replace(raw, groups={**raw.groups, "gpus": ("w1",)})
