@@ -323,7 +323,7 @@ def test_another_dnf_is_waited_for_and_named(host: ElHost) -> None:
 
 
 def test_rhel_takes_headers_of_the_running_kernel_or_names_a_kernel_that_has_them(host: ElHost) -> None:
-    host.sh("sed -i 's/rocky/rhel/' /etc/os-release")
+    host.sh("sed -i.rocky 's/rocky/rhel/' /etc/os-release")
     host.sh("dnf -y -q remove kernel-devel")
     host.rpms.distribution((NEWER_KERNEL,))
     refused = said(host.rocm(ok=False).text)
@@ -332,7 +332,7 @@ def test_rhel_takes_headers_of_the_running_kernel_or_names_a_kernel_that_has_the
     host.rpms.distribution((KERNEL, NEWER_KERNEL))
     host.rocm()
     assert host.versions("kernel-headers", "kernel-devel", "kernel-devel-matched") == [KERNEL] * 3
-    host.sh("sed -i 's/rhel/rocky/' /etc/os-release")
+    host.sh("mv /etc/os-release.rocky /etc/os-release")
 
 
 def test_rocm_removal_takes_away_what_the_role_made(host: ElHost) -> None:
