@@ -150,11 +150,10 @@ def test_with_leave_for_two_both_are_rebooted_at_once(site: Site) -> None:
 
 def test_a_host_that_does_not_come_back_stops_the_one_behind_it(site: Site) -> None:
     more = {"rocm_host_kernel_parameters": ["pci=realloc=off", "pci=bfsort", "iommu=pt", "standin=2"]}
-    words = ("-e", json.dumps({**more, "host_reboot_timeout_s": 20}))
     before = site.boots()
     site.power.forget()
     site.power.together = 3
-    counts, said = site.converge(*words, code=2)
+    counts, said = site.converge("-e", json.dumps({**more, "host_reboot_timeout_s": 20}), code=2)
     ((action, gone),) = site.power.seen
     (other,) = {*WORKERS} - {gone}
     assert action == "die"
@@ -166,7 +165,7 @@ def test_a_host_that_does_not_come_back_stops_the_one_behind_it(site: Site) -> N
     site.lab.container(gone).start()
     site.lab.on(gone, "until systemctl is-active --quiet ssh.service; do sleep 0.2; done")
     came_back = site.boot_of(gone)
-    site.converge(*words)
+    site.converge("-e", json.dumps(more))
     assert site.boot_of(gone) == came_back
     assert site.boot_of(other) != before[other]
 
