@@ -52,6 +52,7 @@ bench: $(TESTS)
 	$(BIN)/python -m bench.light_hosts
 	$(BIN)/python -m bench.ray_up
 	$(BIN)/python -m bench.distribution
+	$(BIN)/python -m bench.fleet_loop
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .ansible

@@ -374,6 +374,102 @@ def test_a_host_whose_launcher_is_broken_can_be_held(host: Host) -> None:
     assert host.read_record()["maintenance"]["reason"] == "new disk"
 
 
+# ------------------------------------------------------------------ from outside
+
+
+def test_a_host_without_a_node_can_be_switched_off(tmp_path: Path) -> None:
+    host = Host(tmp_path, "clusterkit-ray.service")
+    code, answer = host.call("poweroff")
+    assert (code, answer["changed"], answer["state"]) == (0, True, "stopped")
+    assert (tmp_path / "systemctl").read_text().splitlines() == ["--no-ask-password poweroff --no-block"]
+
+
+@pytest.mark.parametrize("why", ["running", "maintenance", "quarantine"])
+def test_nothing_that_runs_or_is_held_is_switched_off(tmp_path: Path, why: str) -> None:
+    host = Host(tmp_path, "clusterkit-ray.service")
+    if why == "running":
+        host.call("start")
+    else:
+        host.write_record(**{why: {"owner": "kim", "reason": "new fan"}})
+    code, answer = host.call("poweroff")
+    assert (code, answer["refused"]) == (3, why)
+    asked = tmp_path / "systemctl"
+    assert not asked.exists() or "poweroff" not in asked.read_text()
+    host.call("stop")
+    host.write_record()
+    assert host.call("poweroff")[0] == 0
+
+
+def test_a_machine_that_is_only_lent_is_not_switched_off(host: Host) -> None:
+    code, answer = host.call("poweroff")
+    assert (code, answer["refused"]) == (3, "poweroff")
+
+
+def remote(host: Host, asked: str | None) -> tuple[int, dict[str, Any]]:
+    host.env.pop("SSH_ORIGINAL_COMMAND", None)
+    if asked is not None:
+        host.env["SSH_ORIGINAL_COMMAND"] = asked
+    return host.call("remote", given=found(finding()))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the words are root's")
+def test_the_fleet_may_say_its_words(host: Host) -> None:
+    assert remote(host, "start w-1")[1]["instance_id"] == "w-1"
+    assert remote(host, "status")[1]["state"] == "running"
+    assert remote(host, "drain --timeout 5")[1]["drained"] is True
+    assert remote(host, "stop")[1]["changed"] is True
+    assert remote(host, "quarantine")[1]["held"].startswith("in quarantine: 1 GPU error")
+    code, answer = remote(host, "start w-2")
+    assert (code, answer["refused"]) == (3, "quarantine")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        None,
+        "",
+        "bash",
+        "status; reboot",
+        "start a;reboot",
+        "start $(reboot)",
+        "start a\nreboot",
+        "start  a",
+        "status --config /tmp/mine",
+        "--config /tmp/mine status",
+        "hold --owner kim --reason x",
+        "release",
+        "remote",
+        "drain --timeout 5; id",
+        "start " + "x" * 300,
+    ],
+)
+def test_the_fleet_may_say_nothing_else(host: Host, asked: str | None) -> None:
+    code, answer = remote(host, asked)
+    assert (code, answer["failed"]) == (2, True)
+    assert not (host.folder / "calls").exists(), "the launcher was not even asked"
+
+
+SUDO = """#!/bin/sh
+printf "%s\\n" "$*" > FOLDER/sudo
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(not os.access(SYSTEM_PYTHON, os.X_OK), reason="needs an interpreter that everybody may run")
+def test_the_fleet_s_user_asks_root_for_exactly_that_word(open_folder: Path) -> None:
+    os.chmod(open_folder, 0o777)
+    program, agent = open_folder / "sudo-here", open_folder / "host-agent"
+    program.mkdir()
+    (program / "sudo").write_text(SUDO.replace("FOLDER", str(open_folder)))
+    (program / "sudo").chmod(0o755)
+    agent.write_text(AGENT.read_text())
+    env = {"PATH": f"{program}:/usr/bin:/bin", "SSH_ORIGINAL_COMMAND": "start w-1"}
+    done = subprocess.run([SYSTEM_PYTHON, str(agent), "remote"], env=env, user=NOBODY, check=False)
+    assert done.returncode == 0
+    said = (open_folder / "sudo").read_text()
+    assert said == f"-n {agent} --config /etc/clusterkit/host-agent.json start w-1\n"
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """pytest's own folders are closed to everybody else."""
@@ -442,6 +538,8 @@ def test_a_host_that_was_never_converged_refuses(host: Host) -> None:
         ["hold", "--owner", "k" * 201, "--reason", "x"],
         ["release", "now"],
         ["quarantine", "now"],
+        ["poweroff", "now"],
+        ["remote", "status"],
     ],
 )
 def test_anything_else_is_refused(host: Host, words: list[str]) -> None:

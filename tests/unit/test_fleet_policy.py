@@ -1,0 +1,189 @@
+"""Who comes next, who may go off, and what each host says of itself: pure."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from clusterkit.fleet.config import HostConfig, Limits, PoolConfig, PowerConfig, Ssh
+from clusterkit.fleet.connection import Connection
+from clusterkit.fleet.explain import explain
+from clusterkit.fleet.host import Host
+from clusterkit.fleet.policy import backoff, choose, obstacle, to_switch_off
+from clusterkit.fleet.power import Switches
+from clusterkit.fleet.record import HostRecord, Phase
+
+NOW = time.time()
+LIMITS = Limits()
+IDLE: dict[str, Any] = {"state": "stopped", "reason": "stopped", "generation_on_disk": "g1"}
+WAKE = PowerConfig(kind="wol", mac="02:00:00:00:00:02")
+SWITCHES = Switches()
+
+
+def host(
+    name: str,
+    *,
+    answer: dict[str, Any] | None = IDLE,
+    power: PowerConfig = WAKE,
+    stale: str | None = None,
+    idle_off_s: float | None = None,
+    warm: int = 0,
+    error: str | None = None,
+    bmc: Any = None,
+    **record: Any,
+) -> Host:
+    """On and idle, unless said otherwise; `answer` None: it does not answer."""
+    config = HostConfig(address=name, node_ip="192.0.2.1", pool="p", power=power, stale=stale)
+    ssh = Ssh(identity="/x", known_hosts="/x", control_dir="/tmp")
+    pool = PoolConfig(max=10, idle_off_s=idle_off_s, warm=warm)
+    made = Host(name, config, pool, HostRecord(**record), Connection(name, config, ssh), SWITCHES.of(power))
+    if answer is not None:
+        made.view.heard(answer, 0.0)
+    if answer is None or error:
+        made.view.missed(error or "No route to host")
+    made.view.power = bmc
+    return made
+
+
+def chosen(*hosts: Host, slots: int = 4) -> str | None:
+    found = choose(hosts, LIMITS, slots, NOW)
+    return found.name if found else None
+
+
+def test_the_order_in_which_hosts_come() -> None:
+    off = host("a", answer=None)
+    assert chosen(off, host("b")) == "b", "on before off"
+    assert chosen(host("a", failures=1), host("b")) == "b", "fewer failures first"
+    assert chosen(host("a", failures=1), off) == "a", "on before off, even so"
+    assert chosen(host("a", idle_since=200.0), host("b", idle_since=100.0)) == "b", "longest idle first"
+    assert chosen(host("a", answer=None, cycles=[NOW]), host("b", answer=None)) == "b", "rested hosts first"
+    assert chosen(host("b"), host("a")) == "a", "and else always the same"
+    assert chosen(off, slots=0) is None
+    assert chosen(host("a"), slots=0) == "a", "who is on needs no slot"
+    assert chosen() is None
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"phase": Phase.BOOT, "since": 0.0}, "booting since 1970-01-01T00:00:00Z"),
+        ({"instance": "w-1"}, "its node w-1 is in Ray"),
+        ({"quarantine": "did not boot", "quarantine_since": 0.0}, "in quarantine since 1970-01-01T00:00:00Z: did not"),
+        ({"answer": {**IDLE, "held": "in maintenance: new fan"}}, "in maintenance: new fan"),
+        ({"answer": {**IDLE, "held": "in maintenance: x"}, "error": "off for repair"}, "in maintenance: x"),
+        ({"stale": "g1"}, "stale"),
+        ({"stale": "g1", "answer": None, "generation": "g1"}, "stale"),
+        ({"not_before": NOW + 60, "failures": 2, "error": "x"}, "after 2 failures"),
+        ({"answer": {"state": "degraded", "reason": "sick"}}, "its node is degraded: sick"),
+        ({"answer": None, "power": PowerConfig()}, "No route to host; nothing can switch it on"),
+        ({"answer": None, "bmc": "on"}, "the BMC says that it is on"),
+        ({"answer": None, "cycles": [NOW - 1] * 12}, "switched on 12 times within a day"),
+    ],
+)
+def test_who_does_not_come_says_why(made: dict[str, Any], words: str) -> None:
+    record = {key: made.pop(key) for key in ("error",) if key in made and "failures" in made}
+    found = host("a", **made)
+    found.record.error = record.get("error")
+    assert words in str(obstacle(found, LIMITS, NOW))
+    assert chosen(found) is None
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"stale": "g0"},
+        {"not_before": NOW - 1},
+        {"not_before": NOW + 10 * LIMITS.backoff_max_s},
+        {"answer": None, "cycles": [NOW - 90_000] * 12},
+        {"answer": None, "bmc": "off"},
+    ],
+)
+def test_who_comes_after_all(made: dict[str, Any]) -> None:
+    """A generation that is another, a wait that is over, and a clock that jumped."""
+    assert chosen(host("a", **made)) == "a"
+
+
+def test_a_host_that_was_never_asked_waits() -> None:
+    made = host("a")
+    made.view = type(made.view)()
+    assert obstacle(made, LIMITS, NOW) == "not asked yet"
+
+
+def test_failures_wait_longer_and_longer_and_not_for_ever() -> None:
+    waits = [backoff(count, LIMITS) for count in (1, 2, 3, 50, 10_000)]
+    assert waits == [30, 60, 120, 1800, 1800]
+
+
+def test_who_is_switched_off() -> None:
+    def off(*hosts: Host) -> list[str]:
+        return [found.name for found in to_switch_off(hosts, LIMITS, NOW)]
+
+    long, short = NOW - 1000, NOW - 10
+    assert off(host("a", idle_off_s=600, idle_since=long), host("b", idle_off_s=600, idle_since=short)) == ["a"]
+    assert off(host("a", idle_since=long)) == [], "no delay: they stay on"
+    kept = {"idle_off_s": 600.0, "warm": 1}
+    assert off(host("a", idle_since=long, **kept)) == []
+    assert off(host("a", idle_since=long, **kept), host("b", idle_since=long - 1, **kept)) == ["b"]
+    each: list[dict[str, Any]] = [
+        {"power": PowerConfig()},
+        {"instance": "w-1"},
+        {"phase": Phase.START},
+        {"answer": {**IDLE, "held": "in maintenance: x"}},
+        {"stale": "g1"},
+        {"quarantine": "x"},
+        {"cycles": [NOW] * 12},
+        {"answer": {"state": "degraded", "reason": "x"}},
+        {"answer": None},
+    ]
+    for changes in each:
+        assert off(host("a", **{"idle_off_s": 600, "idle_since": long, **changes})) == [], changes
+
+
+@pytest.mark.parametrize(
+    ("made", "state", "words"),
+    [
+        ({}, "idle", "on, and free"),
+        ({"answer": None, "off": True}, "off", "off, and free"),
+        ({"answer": None, "bmc": "off"}, "off", "off, and free"),
+        ({"answer": None}, "off", "taken for off: No route to host"),
+        ({"answer": None, "power": PowerConfig()}, "unreachable", "nothing can switch it on"),
+        ({"phase": Phase.POWER_ON}, "booting", "being switched on"),
+        ({"phase": Phase.BOOT}, "booting", "for at most 600 s"),
+        ({"phase": Phase.START}, "starting", "its node is starting"),
+        ({"phase": Phase.DRAIN}, "draining", "being drained"),
+        ({"phase": Phase.STOP, "answer": None}, "draining", "asked again: No route to host"),
+        ({"instance": "w-1", "answer": {"state": "running", "instance_id": "w-1"}}, "busy", "w-1 is in Ray"),
+        ({"instance": "w-1", "answer": {"state": "degraded", "reason": "sick"}}, "busy", "w-1 is in Ray; sick"),
+        ({"instance": "w-1", "answer": None}, "unreachable", "w-1 is in Ray; no answer: No route"),
+        ({"quarantine": "did not boot"}, "quarantined", "did not boot"),
+        ({"answer": {**IDLE, "quarantine": {"x": 1}, "held": "in quarantine: ECC"}}, "quarantined", "ECC"),
+        (
+            {"instance": "w-1", "answer": {"state": "running", "maintenance": {"x": 1}, "held": "in maintenance: fan"}},
+            "maintenance",
+            "in maintenance: fan; its node w-1 still runs",
+        ),
+        ({"stale": "g1"}, "stale", "deploy it"),
+    ],
+)
+def test_every_state_says_why(made: dict[str, Any], state: str, words: str) -> None:
+    found, _, why = explain(host("a", **made), LIMITS, NOW)
+    assert found == state
+    assert words in why
+
+
+def test_news_is_waited_for_and_not_for_ever() -> None:
+    async def run() -> None:
+        made = host("a")
+        began = time.monotonic()
+        await made.next_news(0.05)
+        assert time.monotonic() - began < 30
+        waiting = asyncio.create_task(made.next_news(600))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await made.tell_news()
+        await asyncio.wait_for(waiting, 30)
+
+    asyncio.run(run())
