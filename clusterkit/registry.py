@@ -137,7 +137,8 @@ class _Push:
         whole = json.loads(config)
         names = whole["rootfs"]["diff_ids"]
         layers = [_layer(tar, path, name) for path, name in zip(image["Layers"], names, strict=True)]
-        self._known()
+        # Is this a registry that takes anybody's word?
+        self._accepted(self.client.request("GET", "/v2/"))
         # One that is in the image twice moves once.
         for layer in {layer.digest: layer for layer in layers}.values():
             if not self._has(f"blobs/{layer.digest}"):
@@ -166,26 +167,22 @@ class _Push:
         manifest = json.dumps(about, sort_keys=True).encode()
         name = _sha256(manifest)
         where = f"{self.home}/manifests/{version or name}"
-        found = self._ask("HEAD", where, headers={"Accept": MANIFEST})
+        found = self.client.request("HEAD", where, headers={"Accept": MANIFEST})
         if found.headers.get("Docker-Content-Digest") != name:
-            self._accepted(self._ask("PUT", where, content=manifest, headers={"Content-Type": MANIFEST}))
+            self._accepted(self.client.request("PUT", where, content=manifest, headers={"Content-Type": MANIFEST}))
         return f"{self.address}/{self.repository}@{name}"
 
-    def _known(self) -> None:
-        """Is this a registry that takes anybody's word?"""
-        self._accepted(self._ask("GET", "/v2/"))
-
     def _has(self, path: str) -> bool:
-        found = self._ask("HEAD", f"{self.home}/{path}")
+        found = self.client.request("HEAD", f"{self.home}/{path}")
         if found.status_code not in (200, 404):
             self._accepted(found)
         return found.status_code == 200
 
     def _send(self, digest: str, size: int, chunks: Iterator[bytes]) -> None:
-        begun = self._ask("POST", f"{self.home}/blobs/uploads/")
+        begun = self.client.request("POST", f"{self.home}/blobs/uploads/")
         self._accepted(begun)
         where = httpx.URL(str(begun.url)).join(begun.headers["Location"])
-        done = self._ask(
+        done = self.client.request(
             "PUT",
             where.copy_merge_params({"digest": digest}),
             content=chunks,
@@ -193,9 +190,6 @@ class _Push:
         )
         self._accepted(done)
         self.sent += size
-
-    def _ask(self, method: str, url: httpx.URL | str, **more: Any) -> httpx.Response:
-        return self.client.request(method, url, **more)
 
     def _accepted(self, answer: httpx.Response) -> None:
         if answer.status_code < 400:
