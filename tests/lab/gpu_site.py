@@ -227,6 +227,8 @@ class Kind:
         return replace(self, lab=lab, settings={**self.settings, **settings})
 
 
+# Tier 1 has a playbook of its own.
+TIER_1 = {"/opt/clusterkit/bin/gpu-tier1", "/etc/clusterkit/gpu-tier1.json"}
 H100_DRIVER = "590.48.01"
 MI300X_SERVERS = Kind(
     lab="gpulab",
@@ -349,6 +351,35 @@ class Site:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         found: Json = json.loads(done.stdout)
         return found
+
+    def assert_waits_for_reboots(self, told: Json, role: str) -> None:
+        """A plan of bare hosts: the head gets nothing of the GPUs' roles, and no reboot asks for consent."""
+        on_head = {change["role"] for change in told["changes"] if change["host"] == "head"}
+        assert not on_head & {role, "gpu_health"}
+        # Nothing runs there yet.
+        assert {(item["host"], item["what"], item["needs_consent"]) for item in told["disruptions"]} == {
+            (host, "host", False) for host in self.workers
+        }
+        assert self.power.seen == []
+
+    def converge_one_by_one(self) -> None:
+        """Two hosts that need a reboot get one each, and the first is back before the second goes."""
+        before = self.boots()
+        counts, _ = self.converge()
+        after = self.boots()
+        assert all(before[host] != after[host] for host in self.workers)
+        first, second = (host for action, host in self.power.seen if action == "die")
+        assert {first, second} == {*self.workers}
+        assert self.power.seen == [("die", first), ("start", first), ("die", second), ("start", second)]
+        assert self.power.most_away() == 1, "the first was back in service before the second went"
+        assert counts["head"]["failed"] == 0
+
+    def assert_converged(self) -> None:
+        boots = self.boots()
+        counts, _ = self.converge()
+        assert set(counts) == {"localhost", "head", *self.workers}
+        assert changed(counts) == {}
+        assert self.boots() == boots
 
     def boots(self) -> dict[str, str]:
         return {host: self.boot_of(host) for host in self.workers}

@@ -11,13 +11,12 @@ import re
 import pytest
 
 from tests.lab.conftest import clusterkit, playbook, recap
-from tests.lab.gpu_site import WORKERS, Site, changed, named
+from tests.lab.gpu_site import TIER_1, WORKERS, Site, changed, named
 from tests.modules.gpu_support import BDF
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 REPOSITORY = "/etc/apt/sources.list.d/clusterkit-rocm.sources"
-TIER_1 = {"/opt/clusterkit/bin/gpu-tier1", "/etc/clusterkit/gpu-tier1.json"}
 RULES = "/etc/udev/rules.d/70-clusterkit-amdgpu.rules"
 
 
@@ -40,27 +39,14 @@ def test_a_plan_of_bare_hosts_names_what_gpus_need(site: Site) -> None:
         parameters = {item["name"] for item in named(told, host, what="kernel parameter")}
         assert parameters >= {"pci=realloc=off", "pci=bfsort", "iommu=pt"}
         assert told["hosts"][host]["driver"]["state"] == "not_installed"
-    assert not {change["role"] for change in told["changes"] if change["host"] == "head"} & {"rocm_host", "gpu_health"}
-    # Nothing runs there yet.
-    assert {(item["host"], item["what"], item["needs_consent"]) for item in told["disruptions"]} == {
-        (host, "host", False) for host in WORKERS
-    }
-    assert site.power.seen == []
+    site.assert_waits_for_reboots(told, "rocm_host")
 
 
 # ------------------------------------------------------------------ converged
 
 
 def test_from_bare_to_fit_with_one_reboot_each_one_after_the_other(site: Site) -> None:
-    before = site.boots()
-    counts, _ = site.converge()
-    after = site.boots()
-    assert all(before[host] != after[host] for host in WORKERS)
-    first, second = (host for action, host in site.power.seen if action == "die")
-    assert {first, second} == {*WORKERS}
-    assert site.power.seen == [("die", first), ("start", first), ("die", second), ("start", second)]
-    assert site.power.most_away() == 1, "the first was back in service before the second went"
-    assert counts["head"]["failed"] == 0
+    site.converge_one_by_one()
     for host in WORKERS:
         assert "pci=realloc=off pci=bfsort iommu=pt" in site.lab.on(host, "cat /proc/cmdline")
         assert site.lab.on(host, "systemctl is-active clusterkit-gpu-health.timer") == "active"
@@ -70,11 +56,7 @@ def test_from_bare_to_fit_with_one_reboot_each_one_after_the_other(site: Site) -
 
 def test_a_second_run_changes_nothing_and_needs_no_repository(site: Site) -> None:
     site.lab.on("head", "systemctl stop shop.service")
-    boots = site.boots()
-    counts, _ = site.converge()
-    assert set(counts) == {"localhost", "head", *WORKERS}
-    assert changed(counts) == {}
-    assert site.boots() == boots
+    site.assert_converged()
 
 
 def test_a_plan_of_fit_hosts_changes_nothing_and_shows_driver_and_gpus(site: Site) -> None:

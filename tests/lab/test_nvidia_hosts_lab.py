@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.conftest import Maker, clusterkit
-from tests.lab.gpu_site import H100_DRIVER, H100_SERVERS, WORKERS, Site, changed, gpu_site, named
+from tests.lab.gpu_site import H100_DRIVER, H100_SERVERS, TIER_1, WORKERS, Site, changed, gpu_site, named
 from tests.modules.gpu_support import H100_BDF
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
@@ -47,27 +47,14 @@ def test_a_plan_of_bare_hosts_names_what_nvidias_gpus_need(site: Site) -> None:
         assert (driver["actual"], driver["wanted"]) == ("nouveau", H100_DRIVER)
         assert driver["disrupts"] == ["host"], "nouveau holds the GPUs"
         assert told["hosts"][host]["driver"]["state"] == "not_installed"
-    assert not {change["role"] for change in told["changes"] if change["host"] == "head"} & {"cuda_host", "gpu_health"}
-    # Nothing runs there yet.
-    assert {(item["host"], item["what"], item["needs_consent"]) for item in told["disruptions"]} == {
-        (host, "host", False) for host in WORKERS
-    }
-    assert site.power.seen == []
+    site.assert_waits_for_reboots(told, "cuda_host")
 
 
 # ------------------------------------------------------------------ converged
 
 
 def test_from_nouveau_to_fit_with_one_reboot_each_one_after_the_other(site: Site) -> None:
-    before = site.boots()
-    counts, _ = site.converge()
-    after = site.boots()
-    assert all(before[host] != after[host] for host in WORKERS)
-    first, second = (host for action, host in site.power.seen if action == "die")
-    assert {first, second} == {*WORKERS}
-    assert site.power.seen == [("die", first), ("start", first), ("die", second), ("start", second)]
-    assert site.power.most_away() == 1, "the first was back before the second went"
-    assert counts["head"]["failed"] == 0
+    site.converge_one_by_one()
     versions = f"dpkg-query -W -f '${{Version}}\\n' {' '.join(DRIVER)}"
     for host in WORKERS:
         assert site.lab.on(host, versions).split() == [f"{H100_DRIVER}-1"] * len(DRIVER)
@@ -79,21 +66,14 @@ def test_from_nouveau_to_fit_with_one_reboot_each_one_after_the_other(site: Site
 
 def test_a_second_run_changes_nothing_and_needs_no_repository(site: Site) -> None:
     site.lab.on("head", "systemctl stop shop.service")
-    boots = site.boots()
-    counts, _ = site.converge()
-    assert set(counts) == {"localhost", "head", *WORKERS}
-    assert changed(counts) == {}
-    assert site.boots() == boots
+    site.assert_converged()
 
 
 def test_a_plan_of_fit_hosts_changes_nothing_and_shows_driver_and_gpus(site: Site) -> None:
     told = site.plan()
     assert (told["failed"], told["disruptions"]) == ([], [])
     # Tier 1 has a playbook of its own, which did not run.
-    assert {change["name"] for change in told["changes"]} <= {
-        "/opt/clusterkit/bin/gpu-tier1",
-        "/etc/clusterkit/gpu-tier1.json",
-    }
+    assert {change["name"] for change in told["changes"]} <= TIER_1
     for host in WORKERS:
         driver, gpus = told["hosts"][host]["driver"], told["hosts"][host]["gpus"]
         assert (driver["state"], driver["loaded"]["version"]) == ("fits", H100_DRIVER)

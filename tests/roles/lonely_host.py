@@ -1,15 +1,40 @@
-"""A system container without a network: what a role installs there comes from the test's own repository."""
+"""System containers that roles are played against by way of `docker exec`. A lonely one has no network: what a role
+installs there comes from the test's own repository.
+"""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 from clusterkit.lab import SYSTEM_CONTAINER
 
+# In ssh's place: the last word is the command.
+SSH = """#!/bin/sh
+for command; do :; done
+exec docker exec -i %s /bin/sh -c "$command"
+"""
+
 
 class Shell(Protocol):
     def __call__(self, script: str, *, check: bool = True) -> str: ...
+
+
+class Box:
+    """A container as the inventory's only host, `box`, and a shell on it. `folder` gets what Ansible needs."""
+
+    def __init__(self, container: Any, folder: Path) -> None:
+        self.container, self.folder = container, folder
+        (folder / "ssh").write_text(SSH % container.name)
+        (folder / "ssh").chmod(0o755)
+        (folder / "hosts").write_text(f"box ansible_user=root ansible_ssh_executable={folder}/ssh\n")
+
+    def sh(self, script: str, *, check: bool = True) -> str:
+        code, output = self.container.exec_run(["/bin/sh", "-c", script])
+        text = output.decode(errors="replace")
+        assert code == 0 or not check, f"{script}: {text}"
+        return str(text)
 
 
 def lonely_host(client: Any, image: str | Any, name: str) -> Any:

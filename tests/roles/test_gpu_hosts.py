@@ -21,7 +21,7 @@ import yaml
 
 from clusterkit import lab
 from tests.roles.gpu_repository import GRUB, Shop, archive
-from tests.roles.lonely_host import lonely_host, wait_for_systemd
+from tests.roles.lonely_host import Box, lonely_host, wait_for_systemd
 from tests.support import Run as AnsibleRun
 from tests.support import ansible_playbook, docker_client
 
@@ -77,11 +77,6 @@ update-grub
 systemd-run -q --unit shop --working-directory /srv /usr/bin/python3 -m http.server 8099 --bind 127.0.0.1
 until python3 -c 'import socket; socket.create_connection(("127.0.0.1", 8099))' 2>/dev/null; do sleep 0.1; done
 """
-# ssh's place: the last word is the command.
-SSH = f"""#!/bin/sh
-for command; do :; done
-exec docker exec -i {NAME} /bin/sh -c "$command"
-"""
 # Stands for the host agent: writes down what it is asked for, and stops the node.
 AGENT = """
 import subprocess, sys
@@ -101,20 +96,12 @@ class Run(AnsibleRun):
         return "is in clusterkit_disrupted" in self.text
 
 
-class Host:
-    """The container: plays against it, and a shell on it."""
+class Host(Box):
+    """The container: plays against it, and the shop."""
 
     def __init__(self, container: Any, folder: Path, shop: Shop) -> None:
-        self.container, self.folder, self.shop = container, folder, shop
-        (folder / "ssh").write_text(SSH)
-        (folder / "ssh").chmod(0o755)
-        (folder / "hosts").write_text(f"box ansible_user=root ansible_ssh_executable={folder}/ssh\n")
-
-    def sh(self, script: str, *, check: bool = True) -> str:
-        code, output = self.container.exec_run(["/bin/sh", "-c", script])
-        text = output.decode(errors="replace")
-        assert code == 0 or not check, f"{script}: {text}"
-        return str(text)
+        super().__init__(container, folder)
+        self.shop = shop
 
     def write(self, path: str, text: str) -> None:
         self.put({path: text.encode()})

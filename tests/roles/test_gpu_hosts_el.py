@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from clusterkit import lab
-from tests.roles.lonely_host import lonely_host, wait_for_systemd
+from tests.roles.lonely_host import Box, lonely_host, wait_for_systemd
 from tests.roles.rpm_repository import KERNEL, NEWER_KERNEL, Rpm, RpmShop
 from tests.roles.test_gpu_hosts import PROXY, ROOT, SHOP, SWITCH, UNITS, Host
 from tests.support import docker_client
@@ -89,20 +89,13 @@ systemd-run -q --unit shop --working-directory /srv /usr/bin/python3 -m http.ser
 until python3 -c 'import socket; socket.create_connection(("127.0.0.1", 8099))' 2>/dev/null; do sleep 0.1; done
 dnf -q -y install bash kernel-core rocky-release
 """
-SSH = f"""#!/bin/sh
-for command; do :; done
-exec docker exec -i {NAME} /bin/sh -c "$command"
-"""
 
 
 class ElHost(Host):
     """The container: plays against it, and a shell on it; the shop is in it."""
 
     def __init__(self, container: Any, folder: Path) -> None:
-        self.container, self.folder = container, folder
-        (folder / "ssh").write_text(SSH)
-        (folder / "ssh").chmod(0o755)
-        (folder / "hosts").write_text(f"box ansible_user=root ansible_ssh_executable={folder}/ssh\n")
+        Box.__init__(self, container, folder)  # apt's shop is none of its own
         self.rpms = RpmShop(self.sh, self.put)
 
     def module(self, name: str, **arguments: Any) -> Json:

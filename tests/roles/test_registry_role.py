@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from clusterkit import lab, registry
-from tests.roles.lonely_host import wait_for_systemd
+from tests.roles.lonely_host import Box, wait_for_systemd
 from tests.support import Run, ansible_playbook, docker_client
 from tests.unit.registry_server import digest
 from tests.unit.test_registry_push import config_of, layer, saved
@@ -38,31 +38,17 @@ STORAGE = "/var/lib/clusterkit-registry"
 NO_PROXY: Json = {"http": None, "https": None, "no_proxy": []}
 TAG = "clusterkit/vllm-cpu:one"
 LAYERS = [layer(seed, 2_000_000) for seed in (1, 2, 3)]
-# ssh's place: the last word is the command.
-SSH = f"""#!/bin/sh
-for command; do :; done
-exec docker exec -i {NAME} /bin/sh -c "$command"
-"""
 
 
-class Host:
-    """The container: plays against it, and a shell on it."""
+class Host(Box):
+    """The container: plays against it."""
 
     def __init__(self, container: Any, folder: Path) -> None:
-        self.container, self.folder = container, folder
+        super().__init__(container, folder)
         container.reload()
         self.ip = container.attrs["NetworkSettings"]["Networks"]["bridge"]["IPAddress"]
         self.address = f"{self.ip}:5000"
         self.known = folder / "known.crt"
-        (folder / "ssh").write_text(SSH)
-        (folder / "ssh").chmod(0o755)
-        (folder / "hosts").write_text(f"box ansible_user=root ansible_ssh_executable={folder}/ssh\n")
-
-    def sh(self, script: str, *, check: bool = True) -> str:
-        code, output = self.container.exec_run(["/bin/sh", "-c", script])
-        text = output.decode(errors="replace")
-        assert code == 0 or not check, f"{script}: {text}"
-        return str(text)
 
     def tasks(self, tasks: list[Json], variables: Json, *options: str, ok: bool = True) -> Run:
         play = {"name": "It", "hosts": "box", "gather_facts": False, "tasks": tasks}
