@@ -52,6 +52,7 @@ bench: $(TESTS)
 	$(BIN)/python -m bench.light_hosts
 	$(BIN)/python -m bench.ray_up
 	$(BIN)/python -m bench.distribution
+	$(BIN)/python -m bench.engine_start
 	$(BIN)/python -m bench.fleet_loop
 
 clean:

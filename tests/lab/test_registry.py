@@ -1,11 +1,12 @@
 """The engine's image by way of the cluster's own registry: real docker-registry, dockerd and SSH, and what goes wrong.
 
-The head is the registry's host, too. Ray is not started: the image is all that is looked at. The tests go through the
-cluster's life in their order; each leaves it converged.
+The head is the registry's host, too. Ray is not started: the image is all that is looked at, and what runs in it beside
+Ray. The tests go through the cluster's life in their order; each leaves it converged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,12 +20,14 @@ import pytest
 from tests.lab.conftest import BIN, ENVIRONMENT, Cluster, Maker, clusterkit, playbook, recap
 from tests.lab.kill_at import family
 from tests.lab.test_killed import when
+from tests.modules.hub_server import Hub
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 ROLES = "registry,baseline,container_engine,vllm_image"
 STORAGE = "/var/lib/clusterkit-registry"
 CURRENT = "clusterkit/vllm:current"
+TOKEN = "hf_a-token-that-nobody-sees"
 INVENTORY = """\
 all:
   children:
@@ -140,6 +143,26 @@ def test_a_damaged_layer_is_refused_and_mended(lab: Cluster, address: str) -> No
     assert current(lab, "worker1") == current(lab, "worker2")
 
 
+def image_names(lab: Cluster, host: str) -> list[str]:
+    asked = "docker image ls --all --format '{{.Repository}}:{{.Tag}}' --filter label=clusterkit.image"
+    return sorted(lab.on(host, asked).split())
+
+
+def test_a_full_disk_is_named_and_leaves_no_part(lab: Cluster) -> None:
+    without_image(lab, "worker1")
+    # Where dockerd puts layers down while they come.
+    lab.on("worker1", "mount -t tmpfs -o size=16m tmpfs /var/lib/docker/tmp")
+    try:
+        failed = deploy(lab, "--limit", "worker1", tags="vllm_image")
+    finally:
+        lab.on("worker1", "umount /var/lib/docker/tmp")
+    assert failed.returncode != 0
+    assert "the disk that Docker keeps images on is full" in failed.stdout, failed.stdout[-3000:]
+    assert image_names(lab, "worker1") == []
+    assert changed(deploy(lab, "--limit", "worker1", tags="vllm_image")) == {"worker1": 1}
+    assert current(lab, "worker1") == current(lab, "worker2")
+
+
 def received(lab: Cluster, host: str) -> int:
     return int(lab.on(host, "cat /sys/class/net/eth0/statistics/rx_bytes"))
 
@@ -157,10 +180,7 @@ def test_a_pull_that_is_cut_names_the_registry_and_the_next_run_converges(lab: C
     assert current(lab, "worker1") == ""
     assert changed(deploy(lab)) == {"head": 1, "worker1": 1}
     assert current(lab, "worker1") == current(lab, "worker2")
-    names = lab.on(
-        "worker1", "docker image ls --all --format '{{.Repository}}:{{.Tag}}' --filter label=clusterkit.image"
-    )
-    assert sorted(names.split()) == [current_tag(lab), CURRENT], "no part is left"
+    assert image_names(lab, "worker1") == [current_tag(lab), CURRENT], "no part is left"
 
 
 def current_tag(lab: Cluster) -> str:
@@ -208,6 +228,32 @@ def test_older_images_go_and_a_used_one_stays(lab: Cluster) -> None:
     lab.on("worker1", "docker rm holds")
     assert changed(deploy(lab, *one, tags="vllm_image")) == {"worker1": 1}
     assert "old1" not in lab.on("worker1", "docker image ls 'clusterkit/vllm*'")
+
+
+def test_weights_come_by_way_of_the_image(lab: Cluster) -> None:
+    """The engine's own huggingface_hub fetches them, in a container that may use the network."""
+    gateway = lab.on("worker1", "ip route show default").split()[2]
+    hub = Hub(address=gateway)
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(3_000_000)}
+    hub.repository().token = TOKEN
+    source = {"hub": "org/model", "revision": hub.repository().push(files)}
+    app = {"name": "chat", "template": "llm", "parameters": {"model_id": "chat", "model_source": source}}
+    given = json.dumps({"clusterkit_mirrors": {"huggingface": hub.url}, "clusterkit_apps": [app]})
+    words = ("-e", given, "-e", json.dumps({"model_store_token": TOKEN}), "-vv", "--diff")
+    try:
+        fetched = deploy(lab, *words, tags="model_store")
+        assert changed(fetched).keys() == {"head", "worker1", "worker2"}
+        assert TOKEN not in fetched.stdout + fetched.stderr
+        folder = f"/var/lib/clusterkit/models/org--model--{source['revision']}"
+        wanted = hashlib.sha256(files["model.safetensors"]).hexdigest()
+        assert lab.on("worker1", f"sha256sum {folder}/model.safetensors").split()[0] == wanted
+        assert lab.on("worker1", f"stat -c %U {folder}/model.safetensors").strip() == "ray"
+        assert lab.on("head", f"ls {folder}").split() == ["clusterkit-manifest.json", "config.json"]
+        asked = len(hub.log)
+        assert changed(deploy(lab, *words, tags="model_store")) == {}
+        assert len(hub.log) == asked, "whoever has it asks nobody"
+    finally:
+        hub.close()
 
 
 def test_nothing_runs_on_after_the_registry_is_removed(lab: Cluster, address: str) -> None:

@@ -53,21 +53,21 @@ class Repository:
 class Hub:
     """`log` holds the paths of every request; `stop_at` makes one file stop half-way until `go_on` is set."""
 
-    def __init__(self, certificate: str | None = None) -> None:
+    def __init__(self, certificate: str | None = None, address: str = "127.0.0.1") -> None:
         self.repositories: dict[str, Repository] = {}
         self.log: list[str] = []
         self.stop_at: str | None = None
         self.stopped, self.go_on = threading.Event(), threading.Event()
         self.page: bytes | None = None
         handler = type("Bound", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = ThreadingHTTPServer((address, 0), handler)
         scheme = "http"
         if certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
             scheme = "https"
-        self.url = f"{scheme}://127.0.0.1:{self.server.server_port}"
+        self.url = f"{scheme}://{address}:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
 
