@@ -26,6 +26,8 @@ REQUIREMENTS = {"rocm": "rocm.txt", "cuda": "cuda.txt", "empty": "common.txt"}
 ARCHS = {"rocm": ("PYTORCH_ROCM_ARCH", ";"), "cuda": ("TORCH_CUDA_ARCH_LIST", " ")}
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# How Docker's builder before BuildKit begins a step.
+PLAIN_STEP = re.compile(r"^Step (\d+/\d+) : ")
 # About what one compiler process of vLLM's kernels takes; MAX_JOBS above that ends in the OOM killer.
 GIB_PER_JOB = 4
 
@@ -141,27 +143,24 @@ class SourceImage:
             )
         return found
 
-    def dockerfile(self) -> str:
-        """The recipe, rendered: what BuildKit is given."""
-        text = (
-            _environment()
-            .get_template(f"{self.recipe}/Dockerfile.j2")
-            .render(
-                base=self.base_tag or "(none)",
-                vllm=self.vllm,
-                device=self.device,
-                commit=self.commit or self.ref,
-                arch_variable=ARCHS[self.recipe][0],
-                arch_list=self.arch_list,
-                arguments=[(name, value) for name, value in self.arguments if name != "VLLM_TARGET_DEVICE"],
-                requirements=REQUIREMENTS[self.device],
-                # On CUDA the index's torch is the vendor's; for ROCm the base has to bring it.
-                held_needs="torch" if self.recipe == "rocm" else "",
-                ray=list(self.ray),
-                ray_version=self.ray_version,
-            )
+    def dockerfile(self, *, plain: bool = False) -> str:
+        """The recipe, rendered: what BuildKit is given. `plain`: for Docker's builder before that."""
+        return rendered(
+            self.recipe,
+            plain=plain,
+            base=self.base_tag or "(none)",
+            vllm=self.vllm,
+            device=self.device,
+            commit=self.commit or self.ref,
+            arch_variable=ARCHS[self.recipe][0],
+            arch_list=self.arch_list,
+            arguments=[(name, value) for name, value in self.arguments if name != "VLLM_TARGET_DEVICE"],
+            requirements=REQUIREMENTS[self.device],
+            # On CUDA the index's torch is the vendor's; for ROCm the base has to bring it.
+            held_needs="torch" if self.recipe == "rocm" else "",
+            ray=list(self.ray),
+            ray_version=self.ray_version,
         )
-        return re.sub(r"\n{3,}", "\n\n", text)
 
     def labels(self) -> dict[str, str]:
         """What the image says of itself: OCI's annotations, and ours."""
@@ -188,6 +187,13 @@ class SourceImage:
         """What the smoke test has to find inside. torch calls compute capability 9.0 `sm_90`."""
         archs = [f"sm_{arch.replace('.', '')}" if self.recipe == "cuda" else arch for arch in self.archs]
         return {"ray": self.ray_version, "vllm": self.vllm, "device": self.device, "archs": archs}
+
+
+def rendered(recipe: str, *, plain: bool, **names: object) -> str:
+    """A recipe's Dockerfile. `plain`: without mounts and secrets, which only BuildKit knows; the image holds the same
+    packages. The digest that names an image is not made from this text where it is plain."""
+    text = _environment().get_template(f"{recipe}/Dockerfile.j2").render(plain=plain, **names)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def digest(data: object) -> str:
@@ -244,7 +250,13 @@ def step_of(line: str) -> tuple[str, str] | None:
 
 
 def failed_step(log: Sequence[str]) -> tuple[str, list[str]]:
-    """(name, last 20 lines) of the step that a build ended in, from BuildKit's plain progress."""
+    """(name, last 20 lines) of the step that a build ended in, from the log of either builder."""
+    steps = [number for number, line in enumerate(log) if PLAIN_STEP.match(line)]
+    if steps:
+        # One at a time: what failed is what began last.
+        after = [line for line in log[steps[-1] + 1 :] if line.strip()]
+        spoken = [line for line in after if not line.startswith((" --->", "Removing intermediate", "The command '"))]
+        return re.sub(PLAIN_STEP, r"[\1] ", log[steps[-1]]), (spoken or after)[-20:]
     names: dict[str, str] = {}
     said: dict[str, list[str]] = {}
     failed = ""

@@ -1,8 +1,11 @@
-"""Build the engine's image on the controller, once, and keep it as an archive named by its content.
+"""Build the engine's image once, and keep it on the controller as an archive named by its content.
 
 Two kinds: from released wheels on Debian (`WheelImage`), and vLLM from source on a vendor's base
-(`clusterkit.image_plan.SourceImage`). Both are built by BuildKit, tried by images/vllm/smoke.py, and then named: what
-was not built whole, or does not hold what it should, gets no name, and hosts keep the image that they have.
+(`clusterkit.image_plan.SourceImage`). Both are built by BuildKit where there is one, else by what Docker had before,
+tried by images/vllm/smoke.py, and then named: what was not built whole, or does not hold what it should, gets no name,
+and hosts keep the image that they have.
+
+`at` says whose Docker builds: a `clusterkit.tunnel.Way`; None is this machine's.
 """
 
 from __future__ import annotations
@@ -19,13 +22,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from clusterkit import debian, image_plan, registry, wheels
+from clusterkit import debian, image_plan, registry, tunnel, wheels
 from clusterkit.errors import ClusterkitError, ToolMissing, UsageError
 from clusterkit.image_plan import BASE_REPOSITORY, COMMIT, RECIPES, REPOSITORY, Patch, SourceImage, digest
+from clusterkit.tunnel import Way
 from clusterkit.wheels import Target, Wish
 
+# The first of Docker's APIs whose daemon has BuildKit built in: 18.09's (its release notes).
+BUILDKIT_API = (1, 39)
 # A newer client without buildx may stand before the distribution's own.
 LAST_RESORT = "/usr/bin"
 FETCH_TIMEOUT_S = 900
@@ -33,7 +40,11 @@ SMOKE_TIMEOUT_S = 1800
 # Of each recipe, those that were asked for last: several clusters may have one each.
 ARCHIVES_KEPT = 3
 
+BUILDKIT_WAY = "use Docker with BuildKit (from 23 on, the plugin buildx beside this machine's docker client)"
+
 OnLine = Callable[[str], None]
+# `auto`: where it is there.
+BuildKit = Literal["auto", "never"]
 
 
 def _quiet(_line: str) -> None:
@@ -58,8 +69,9 @@ class WheelImage:
         """The image's name: a digest of the inputs and of every pinned wheel."""
         return f"{REPOSITORY}-{self.recipe}:{digest([self.inputs, list(pins)])}"
 
-    def dockerfile(self) -> str:
-        return (RECIPES / self.recipe / "Dockerfile.j2").read_text(encoding="utf-8")
+    def dockerfile(self, *, plain: bool = False) -> str:
+        """The recipe, rendered; `plain`: for Docker's builder before BuildKit."""
+        return image_plan.rendered(self.recipe, plain=plain)
 
     def made_of(self, pins: Sequence[str]) -> dict[str, str]:
         """Every input by name, as `SourceImage.made_of`."""
@@ -95,6 +107,22 @@ class Built:
     tag: str
     archive: Path
     built: bool
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a docker client and the machine behind it build with. `machine` is an architecture, such as x86_64."""
+
+    docker: str
+    cores: int
+    memory_gib: float
+    machine: str
+    buildkit: bool
+
+    @property
+    def jobs(self) -> int:
+        """How many compilers a build runs at once there."""
+        return image_plan.jobs(self.cores, self.memory_gib)
 
 
 def planned(
@@ -207,12 +235,20 @@ def last_built(recipe: str, *, store: Path) -> dict[str, str] | None:
 
 
 def archive(
-    plan: WheelImage | SourceImage, *, store: Path, site: Site | None = None, on_line: OnLine = _quiet
+    plan: WheelImage | SourceImage,
+    *,
+    store: Path,
+    site: Site | None = None,
+    at: Way | None = None,
+    machine: str = "",
+    buildkit: BuildKit = "auto",
+    on_line: OnLine = _quiet,
 ) -> Built:
     """The image's archive; builds what is missing. Minutes the first time (hours from source), then at once.
 
-    `on_line` gets the build's log as it comes. Raises UsageError where something has to be pinned first, ToolMissing
-    (Docker, BuildKit, git, mmdebstrap), ClusterkitError with the failed step and its last lines.
+    `machine`: the architecture that the image has to be for. `on_line` gets the build's log as it comes. Raises
+    UsageError where something has to be pinned first, ToolMissing (ssh, Docker, git, mmdebstrap), ClusterkitError with
+    the failed step and its last lines. How it is built has no part in its name.
     """
     where = site or Site()
     if isinstance(plan, SourceImage) and plan.missing:
@@ -221,28 +257,54 @@ def archive(
         raise ClusterkitError("the image cannot be built", hint=plan.unresolved)
     tag, made_of = name(plan, store=store)
     path = archive_of(tag, store=store)
+    machine = plan.target.machine if isinstance(plan, WheelImage) else machine
     with wheels.locked(store, path.name):
         if path.exists():
+            _for_machine(machine, _machine_of(path), f"the archive {path}", "delete it: then it is built anew")
             os.utime(path)
             return Built(tag, path, built=False)
-        docker = builder()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if _run(docker, "image", "inspect", tag).returncode != 0:
-            log = path.with_suffix(".log")
-            if isinstance(plan, SourceImage):
-                _build_source(docker, plan, store=store, site=where, log=log, on_line=on_line)
-            else:
-                _build_wheels(docker, plan, store=store, site=where, log=log, on_line=on_line)
-        partial = path.with_suffix(".part")
-        try:
-            _must(_run(docker, "save", "--output", str(partial), tag), f"the image {tag} could not be saved")
-            record = {"recipe": plan.recipe, "tag": tag, "made_of": made_of}
-            path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with docker_at(at) as docker:
+            place = workplace(docker)
+            _for_machine(
+                machine,
+                place.machine,
+                f"the Docker of {at.host if at else 'this machine'}",
+                "put a host of that architecture into the group image_builder, or name an image: clusterkit_image",
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if _run(docker, "image", "inspect", tag).returncode != 0:
+                plain = buildkit == "never" or not place.buildkit
+                if plain:
+                    on_line("built without BuildKit: without caches that outlive a step, one step at a time")
+                log = path.with_suffix(".log")
+                if isinstance(plan, SourceImage):
+                    _build_source(place, plan, store=store, site=where, plain=plain, log=log, on_line=on_line)
+                else:
+                    _build_wheels(docker, plan, store=store, site=where, plain=plain, log=log, on_line=on_line)
+            partial = path.with_suffix(".part")
+            on_line(f"to the archive {path}")
+            try:
+                _must(_run(docker, "save", "--output", str(partial), tag), f"the image {tag} could not be saved")
+                record = {"recipe": plan.recipe, "tag": tag, "made_of": made_of, "machine": place.machine}
+                path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                partial.rename(path)
+            finally:
+                partial.unlink(missing_ok=True)
     forget_archives(plan.recipe, store=store)
     return Built(tag, path, built=True)
+
+
+def _machine_of(archive: Path) -> str:
+    """The architecture of an image that was built; empty where its record does not say."""
+    try:
+        return str(json.loads(archive.with_suffix(".json").read_text(encoding="utf-8")).get("machine") or "")
+    except FileNotFoundError:
+        return ""
+
+
+def _for_machine(wanted: str, found: str, what: str, hint: str) -> None:
+    if wanted and found and wanted != found:
+        raise ClusterkitError(f"{what} is for {found}, and the image has to be for {wanted}", hint=hint)
 
 
 def forget_archives(recipe: str, *, store: Path, keep: int = ARCHIVES_KEPT) -> list[Path]:
@@ -264,37 +326,46 @@ def forget_archives(recipe: str, *, store: Path, keep: int = ARCHIVES_KEPT) -> l
 
 
 def push(
-    tag: str, to: str, archive_path: Path, own: Mapping[str, Any] | None = None, *, store: Path
+    tag: str,
+    to: str,
+    archive_path: Path,
+    own: Mapping[str, Any] | None = None,
+    *,
+    store: Path,
+    at: Way | None = None,
 ) -> registry.Pushed:
-    """Bring the image to a registry. `own`: the cluster's own, see `clusterkit.registry`; another one's login and
-    trust are dockerd's business. Many hosts ask at once: one pushes. Raises ClusterkitError, ToolMissing.
+    """Bring the image to a registry. `own`: the cluster's own, see `clusterkit.registry`: the archive goes there from
+    here. Another one is pushed to by the Docker that builds, with this machine's logins. Many hosts ask at once: one
+    pushes. Raises ClusterkitError, ToolMissing.
     """
     with wheels.locked(store, f"push-{archive_path.name}"):
         if own and own["address"] == to:
             return registry.push(archive_path, tag, own)
-        docker = builder()
         name = f"{to}/{tag}"
-        if _run(docker, "image", "inspect", tag).returncode != 0:
-            _must(_run(docker, "load", "--input", str(archive_path)), f"{archive_path} could not be loaded")
-        _must(_run(docker, "tag", tag, name), f"{tag} could not be named {name}")
-        _must(
-            _run(docker, "push", name),
-            f"the registry {to} did not take {tag}",
-            hint="does this machine reach it, and does its dockerd trust it (insecure-registries, certs.d)? A host in "
-            "the inventory's group `registry` is pushed to without dockerd",
-        )
+        with docker_at(at) as docker:
+            if _run(docker, "image", "inspect", tag).returncode != 0:
+                _must(_run(docker, "load", "--input", str(archive_path)), f"{archive_path} could not be loaded")
+            _must(_run(docker, "tag", tag, name), f"{tag} could not be named {name}")
+            _must(
+                _run(docker, "push", name),
+                f"the registry {to} did not take {tag}",
+                hint=f"does {at.host if at else 'this machine'} reach it, and does its dockerd trust it "
+                "(insecure-registries, certs.d)? A host in the group `registry` is pushed to without dockerd",
+            )
         return registry.Pushed(name, (), 0, 0, 0)
 
 
-def inspect(reference: str) -> dict[str, Any]:
-    """What an image in this machine's Docker says of itself: id, size in bytes, digests and labels.
+def inspect(reference: str, *, at: Way | None = None) -> dict[str, Any]:
+    """What an image in the Docker that builds says of itself: id, size in bytes, digests and labels.
 
     Raises UsageError where there is no such image.
     """
-    done = _run(builder(), "image", "inspect", reference)
+    with docker_at(at) as docker:
+        done = _run(docker, "image", "inspect", reference)
     if done.returncode != 0:
         raise UsageError(
-            f"{reference} is not on this machine: {_last(done.stderr)}", hint="clusterkit image build, first"
+            f"{reference} is not on {at.host if at else 'this machine'}: {_last(done.stderr)}",
+            hint="clusterkit image build, first",
         )
     (image,) = json.loads(done.stdout)
     return {
@@ -305,16 +376,16 @@ def inspect(reference: str) -> dict[str, Any]:
     }
 
 
-def check(reference: str, expected: Mapping[str, Any]) -> dict[str, Any]:
+def check(reference: str, expected: Mapping[str, Any], *, at: Way | None = None) -> dict[str, Any]:
     """What a given image holds (pulled where it is missing). Raises ClusterkitError where that is not `expected`."""
-    docker = builder()
-    if _run(docker, "image", "inspect", reference).returncode != 0:
-        _must(
-            _run(docker, "pull", "--quiet", reference),
-            f"{reference} could not be pulled",
-            hint="does this machine reach the registry, and does its dockerd trust it?",
-        )
-    return smoke(docker, reference, expected, named=reference)
+    with docker_at(at) as docker:
+        if _run(docker, "image", "inspect", reference).returncode != 0:
+            _must(
+                _run(docker, "pull", "--quiet", reference),
+                f"{reference} could not be pulled",
+                hint=f"does {at.host if at else 'this machine'} reach the registry, and does its dockerd trust it?",
+            )
+        return smoke(docker, reference, expected, named=reference)
 
 
 def smoke(docker: str, image: str, expected: Mapping[str, Any], *, named: str) -> dict[str, Any]:
@@ -344,30 +415,84 @@ def smoke(docker: str, image: str, expected: Mapping[str, Any], *, named: str) -
     return dict(json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))))
 
 
+@contextmanager
+def docker_at(at: Way | None) -> Iterator[str]:
+    """A docker client. Inside, whatever this process asks Docker is asked there. Raises as `tunnel.opened`,
+    and ToolMissing.
+    """
+    with tunnel.opened(at) as socket, _asking(socket):
+        yield builder()
+
+
+@contextmanager
+def _asking(socket: str | None) -> Iterator[None]:
+    if socket is None:
+        yield
+        return
+    ours = {"DOCKER_HOST": f"unix://{socket}", "DOCKER_CONTEXT": None, "DOCKER_TLS_VERIFY": None, "DOCKER_TLS": None}
+    before = {key: os.environ.get(key) for key in ours}
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for key, value in values.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+        # Which client fits depends on the daemon.
+        builder.cache_clear()
+
+    put(ours)
+    try:
+        yield
+    finally:
+        put(before)
+
+
 @cache
 def builder() -> str:
-    """A docker client with BuildKit and a daemon behind it: of several on PATH the first that has both.
-
-    From 23 on BuildKit needs the plugin buildx; before, it is built in (Docker's release notes).
-    """
-    words = "there is no docker client on this machine"
+    """A docker client with a daemon behind it: of several on PATH the first with BuildKit, else the first."""
+    words, plain = "there is no docker client on this machine", ""
     for folder in dict.fromkeys([*os.environ.get("PATH", os.defpath).split(os.pathsep), LAST_RESORT]):
         client = os.path.join(folder, "docker")
         if not os.access(client, os.X_OK):
             continue
-        asked = _run(client, "version", "--format", "{{.Client.Version}}")
-        version = asked.stdout.strip()
-        if asked.returncode != 0:
-            words = asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else f"{client} does not answer"
+        try:
+            if knows_buildkit(client):
+                return client
+        except ClusterkitError as error:
+            words = error.message
             continue
-        if int(version.split(".")[0] or 0) < 23 or _run(client, "buildx", "version").returncode == 0:
-            return client
-        words = f"{client} {version} has no BuildKit: the plugin buildx is missing"
+        plain = plain or client
+    if plain:
+        return plain
     raise ToolMissing(
-        "Docker with BuildKit",
+        "Docker",
         hint=f"{words}. On Debian or Ubuntu: sudo apt install docker.io (and docker-buildx where there is one); "
-        "or name an image that the hosts can pull: clusterkit_image",
+        "or name an image that the hosts pull: clusterkit_image",
     )
+
+
+def knows_buildkit(client: str) -> bool:
+    """Whether this client and the daemon that it asks can build with BuildKit.
+
+    From 23 on a client needs the plugin buildx for it; before, it is built in (Docker's release notes). Raises
+    ClusterkitError where no daemon answers.
+    """
+    asked = _run(client, "version", "--format", "{{.Client.Version}} {{.Server.APIVersion}}")
+    if asked.returncode != 0:
+        raise ClusterkitError(f"{client}: {_last(asked.stderr)}")
+    version, api = asked.stdout.split()
+    if tuple(int(part) for part in api.split(".")) < BUILDKIT_API:
+        return False
+    return int(version.split(".")[0]) < 23 or _run(client, "buildx", "version").returncode == 0
+
+
+def workplace(docker: str) -> Workplace:
+    """What a docker client and its daemon build with. Raises ClusterkitError where it does not say."""
+    asked = _run(docker, "info", "--format", "{{.NCPU}} {{.MemTotal}} {{.Architecture}}")
+    _must(asked, "Docker does not say what machine it runs on")
+    cores, memory, machine = asked.stdout.split()
+    return Workplace(docker, int(cores), int(memory) / 2**30, machine, knows_buildkit(docker))
 
 
 # --------------------------------------------------------------------------- one build
@@ -383,14 +508,18 @@ def build(
     labels: Mapping[str, str] | None = None,
     secrets: Mapping[str, Path] | None = None,
     expected: Mapping[str, Any] | None = None,
+    plain: bool = False,
     on_line: OnLine = _quiet,
 ) -> None:
     """One `docker build` of a folder with a Dockerfile; the tag is given at the end, after the smoke test if any.
 
-    The whole log is in `log`, and comes to `on_line` line by line. Raises ClusterkitError with the failed step and
-    its last 20 lines; finished layers stay, so the next build goes on there.
+    `plain`: without BuildKit, and so without secrets. The whole log is in `log`, and comes to `on_line` line by line.
+    Raises ClusterkitError with the failed step and its last 20 lines; finished layers stay, so the next build goes on
+    there.
     """
-    command = [docker, "build", "--progress", "plain", "--iidfile", str(log.with_suffix(".iid"))]
+    # Both name each step as it begins. A step that failed in a plain build leaves no container behind.
+    how = ["--force-rm"] if plain else ["--progress", "plain"]
+    command = [docker, "build", *how, "--iidfile", str(log.with_suffix(".iid"))]
     for key, value in (arguments or {}).items():
         command += ["--build-arg", f"{key}={value}"]
     for key, value in (labels or {}).items():
@@ -407,15 +536,20 @@ def build(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "DOCKER_BUILDKIT": "1"},
+            env={**os.environ, "DOCKER_BUILDKIT": "0" if plain else "1"},
         ) as running,
     ):
         assert running.stdout is not None
-        for line in running.stdout:
-            kept.write(line)
-            kept.flush()
-            lines.append(line.rstrip())
-            on_line(lines[-1])
+        try:
+            for line in running.stdout:
+                kept.write(line)
+                kept.flush()
+                lines.append(line.rstrip())
+                on_line(lines[-1])
+        except BaseException:
+            # Nobody reads on: it would wait for that for ever.
+            running.terminate()
+            raise
     if running.returncode != 0:
         step, last = image_plan.failed_step(lines)
         where = f" in the step {step}" if step else ""
@@ -430,21 +564,23 @@ def build(
         try:
             said = smoke(docker, identity, expected, named=f"the image that was to be {tag}")
         except ClusterkitError:
-            # Its steps stay in BuildKit's cache; without a name it would only take room.
-            _run(docker, "image", "rm", identity)
+            # Its steps stay for the next build; without a name it would only take room.
+            _run(docker, "image", "rm", "--no-prune", identity)
             raise
         on_line(json.dumps(said))
     _must(_run(docker, "tag", identity, tag), f"the image could not be named {tag}")
 
 
-def _build_wheels(docker: str, plan: WheelImage, *, store: Path, site: Site, log: Path, on_line: OnLine) -> None:
+def _build_wheels(
+    docker: str, plan: WheelImage, *, store: Path, site: Site, plain: bool, log: Path, on_line: OnLine
+) -> None:
     pins = wheels.lock(plan.wish, plan.target, store=store)
     tag, made_of = name(plan, store=store)
     base = _debian_base(docker, plan.packages, site.debian_mirror)
     house = wheels.wheelhouse(plan.wish, plan.target, pins, store=store)
     versions = dict(pin.split("==", 1) for pin in pins)
     with _context(store) as context:
-        (context / "Dockerfile").write_text(plan.dockerfile(), encoding="utf-8")
+        (context / "Dockerfile").write_text(plan.dockerfile(plain=plain), encoding="utf-8")
         (context / "wheels").mkdir()
         unpack(house, context / "wheels")
         wanted = list(pins)
@@ -465,11 +601,17 @@ def _build_wheels(docker: str, plan: WheelImage, *, store: Path, site: Site, log
                 "clusterkit.made-of": json.dumps(made_of, sort_keys=True),
             },
             expected={"ray": versions.get("ray"), "device": "cpu"},
+            plain=plain,
             on_line=on_line,
         )
 
 
-def _build_source(docker: str, plan: SourceImage, *, store: Path, site: Site, log: Path, on_line: OnLine) -> None:
+def _build_source(
+    place: Workplace, plan: SourceImage, *, store: Path, site: Site, plain: bool, log: Path, on_line: OnLine
+) -> None:
+    docker = place.docker
+    if plain:
+        _without_secrets(site)
     with _context(store) as context, tempfile.TemporaryDirectory(prefix="clusterkit-secrets-") as hidden:
         on_line(f"source: {plan.ref} is {plan.commit}")
         _check_out(plan, context / "source", store=store, site=site)
@@ -478,29 +620,49 @@ def _build_source(docker: str, plan: SourceImage, *, store: Path, site: Site, lo
             file = context / "source" / plan.base_recipe
             if not file.is_file():
                 raise ClusterkitError(f"vLLM's source at {plan.ref} has no {plan.base_recipe}")
+            if plain and "--mount=" in file.read_text(encoding="utf-8"):
+                raise ClusterkitError(
+                    f"vLLM's own {plan.base_recipe} asks for BuildKit",
+                    hint=f"{BUILDKIT_WAY}, or name a base that holds torch: clusterkit_image_base",
+                )
             with _context(store) as empty:
                 shutil.copy(file, empty / "Dockerfile")
                 words = {**_proxy(site), "BASE_IMAGE": plan.base, image_plan.ARCHS[plan.recipe][0]: plan.arch_list}
                 on_line(f"base: {plan.base_recipe} on {plan.base}")
                 base_log = log.with_name(f"{plan.base_tag.rpartition(':')[2]}.log")
-                build(docker, plan.base_tag, empty, log=base_log, arguments=words, on_line=on_line)
-        (context / "Dockerfile").write_text(plan.dockerfile(), encoding="utf-8")
+                build(docker, plan.base_tag, empty, log=base_log, arguments=words, plain=plain, on_line=on_line)
+        (context / "Dockerfile").write_text(plan.dockerfile(plain=plain), encoding="utf-8")
         shutil.copytree(RECIPES / "kit", context / "kit")
         secrets = {"ca": Path(site.ca_bundle)} if site.ca_bundle else {}
         if site.index_url:
             # It may hold a password; as a secret it is in no layer and in no history.
             secrets["index"] = Path(hidden) / "index"
             secrets["index"].write_text(site.index_url, encoding="utf-8")
+        if plain:
+            for key, path in secrets.items():
+                shutil.copyfile(path, context / "kit" / key)
+            secrets = {}
         build(
             docker,
             plan.tag,
             context,
             log=log,
-            arguments={**_proxy(site), "MAX_JOBS": str(jobs())},
+            arguments={**_proxy(site), "MAX_JOBS": str(place.jobs)},
             labels=plan.labels(),
             secrets=secrets,
             expected=plan.expected(),
+            plain=plain,
             on_line=on_line,
+        )
+
+
+def _without_secrets(site: Site) -> None:
+    """Raises where a plain build would leave a password in a layer."""
+    parts = urlsplit(site.index_url)
+    if "@" in parts.netloc or parts.query:
+        raise ClusterkitError(
+            "the index is asked with a login, and without BuildKit that would stay in the image",
+            hint=f"{BUILDKIT_WAY}, or name an index without a login: clusterkit_mirrors.pypi",
         )
 
 
@@ -566,12 +728,6 @@ def _debian_base(docker: str, packages: Sequence[str], mirror: str) -> str:
 def _context(store: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=store, prefix="context-") as folder:
         yield Path(folder)
-
-
-def jobs() -> int:
-    """How many compilers a build runs at once on this machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return image_plan.jobs(os.cpu_count() or 1, memory / 2**30)
 
 
 def _proxy(site: Site) -> dict[str, str]:

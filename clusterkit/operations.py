@@ -21,6 +21,7 @@ OnEvent = Callable[[Event], None]
 
 PROBE_TASK = "Ask every proxy that holds a replica"
 STATUS_TASK = "Ask Ray"
+FLEET_TASK = "Ask the fleet"
 AGENT_TASK = "Ask the agent"
 NODE_TASK = "Read the node's state"
 HOLD_TASK = "Keep the host out of service"
@@ -56,13 +57,20 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Status:
-    """What runs now."""
+    """What runs now. `fleet`: what the daemon of an autoscaled cluster says; None where pools are fixed."""
 
     reachable: bool
     base_url: str | None
     nodes: list[dict[str, Any]] = field(default_factory=list)
     apps: list[dict[str, Any]] = field(default_factory=list)
     hosts: list[dict[str, Any]] = field(default_factory=list)
+    fleet: dict[str, Any] | None = None
+
+    def replicas_on(self, host: str) -> int:
+        """Replicas that run there, of all apps."""
+        addresses = {node["node_ip"] for node in self.nodes if node["host"] == host}
+        every = (replica for app in self.apps for replica in app["replicas"])
+        return sum(replica["node_ip"] in addresses and replica["state"] == "RUNNING" for replica in every)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -71,6 +79,7 @@ class Status:
             "nodes": self.nodes,
             "apps": self.apps,
             "hosts": self.hosts,
+            "fleet": self.fleet,
         }
 
 
@@ -124,8 +133,14 @@ def status(inventory: str, options: Options | None = None, *, on_event: OnEvent 
     for host, answer in sorted(result.results.get(AGENT_TASK, {}).items()):
         hosts.append({"host": host, **_agent(answer)})
     served = next((app["base_url"] for app in apps if app["base_url"].endswith("/v1")), None)
+    told = _first(result, FLEET_TASK)
     return Status(
-        reachable=bool(seen.get("reachable")), base_url=served, nodes=seen.get("nodes", []), apps=apps, hosts=hosts
+        reachable=bool(seen.get("reachable")),
+        base_url=served,
+        nodes=seen.get("nodes", []),
+        apps=apps,
+        hosts=hosts,
+        fleet={key: told[key] for key in ("running", "hosts", "open", "trouble")} if "running" in told else None,
     )
 
 

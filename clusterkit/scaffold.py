@@ -23,7 +23,7 @@ from serve_apps import template as templates
 Runtime = Literal["venv", "container"]
 
 # Names that Ansible and the kit give to groups: a host of the same name would be taken for all of them.
-RESERVED = ("all", "ungrouped", "localhost", "ray_head", "ray_workers", "managed_hosts", "registry")
+RESERVED = ("all", "ungrouped", "localhost", "ray_head", "ray_workers", "managed_hosts", "registry", "image_builder")
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.@-]{0,63}")
 MADE_MODEL = "tiny-llama"

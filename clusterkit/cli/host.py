@@ -54,13 +54,17 @@ def add(
     _tell(change, as_json, f"{host} is in the cluster" + ("" if change.changed else ", as it was"))
 
 
+Reason = Annotated[str, typer.Option("--reason", help="Why, for whoever looks next; at most 200 characters.")]
+Force = Annotated[bool, typer.Option("--force", help="Stop work that cannot move.")]
+
+
 @app.command()
 @takes(*RUNS)
 def drain(
     given: Given,
     host: Host,
-    reason: Annotated[str, typer.Option("--reason", help="Why, for whoever looks next; at most 200 characters.")],
-    force: Annotated[bool, typer.Option("--force", help="Stop work that cannot move.")] = False,
+    reason: Reason,
+    force: Force = False,
     inventory: Inventory = None,
     as_json: Json = False,
 ) -> None:
@@ -68,10 +72,29 @@ def drain(
 
     Nothing starts it again, no deploy and no autoscaler, until `host add NAME` ends the maintenance.
     """
+    _take_out(given, host, reason, force, inventory, as_json)
+
+
+@app.command()
+@takes(*RUNS)
+def maintain(
+    given: Given,
+    host: Host,
+    reason: Reason,
+    force: Force = False,
+    inventory: Inventory = None,
+    as_json: Json = False,
+) -> None:
+    """The same as drain. A host that the autoscaler has switched off stays off, whatever is asked of it."""
+    _take_out(given, host, reason, force, inventory, as_json)
+
+
+def _take_out(given: Given, host: str, reason: str, force: bool, inventory: str | None, as_json: bool) -> None:
     where = workspace.inventory(inventory)
     with _running(as_json) as show:
         change = operations.drain_host(where, host, reason=reason, force=force, options=given.options(), on_event=show)
-    _tell(change, as_json, f"{host} is off, {change.held}. To put it back: clusterkit host add {host}")
+    held = change.held or f"in maintenance: {reason}"
+    _tell(change, as_json, f"{host} is off, {held}. To put it back: clusterkit host add {host}")
 
 
 @app.command()

@@ -1,37 +1,43 @@
-"""`clusterkit image`: what the engine's image is made of, and building it on this machine, once."""
+"""`clusterkit image`: what the engine's image is made of, and building it, once, here or on the builder host."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from clusterkit import image_plan, images, operations, wheels, workspace
+from clusterkit import image_plan, images, operations, runner, wheels, workspace
 from clusterkit import registry as registries
 from clusterkit.cli import output
 from clusterkit.cli.options import READS, Given, Inventory, Json, takes
-from clusterkit.errors import UsageError
+from clusterkit.errors import ClusterkitError, UsageError
 from clusterkit.image_plan import SourceImage
+from clusterkit.tunnel import Way
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="The engine's image: what it is made of, built on this machine, pushed to the site's registry.",
+    help="The engine's image: what it is made of, built here or on the builder host, pushed to the site's registry.",
 )
 
 # A build of kernels writes thousands of lines; the log has them all.
 SHOWN_WIDTH = 160
+# Of playbooks/images.yml: Ansible knows how it logs in.
+REACHED_TASK = "Read how Ansible reaches the builder"
+
+Plain = Annotated[bool, typer.Option("--plain", help="Without BuildKit, even where there is one.")]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an inventory asks for: an image that is given, or one to build."""
+    """What an inventory asks for: an image that is given, or one to build. `at`: the builder host, where it has one."""
 
     cluster: dict[str, Any]
+    at: Way | None
     store: Path
     given: str | None
     plan: images.WheelImage | SourceImage | None
@@ -59,11 +65,12 @@ class Wanted:
 
 @app.command("plan")
 @takes(*READS)
-def plan_(given: Given, inventory: Inventory = None, as_json: Json = False) -> None:
+def plan_(given: Given, inventory: Inventory = None, plain: Plain = False, as_json: Json = False) -> None:
     """The rendered recipe, its arguments, the tag, and why it would be built. Builds nothing."""
     wanted = _wanted(given, inventory, again=True)
-    why = _why(wanted)
-    dockerfile = wanted.plan.dockerfile() if wanted.plan is not None and wanted.given is None else ""
+    why, place = _why(wanted), _place(wanted)
+    plain = plain or (place is not None and not place.buildkit)
+    dockerfile = wanted.plan.dockerfile(plain=plain) if wanted.plan is not None and wanted.given is None else ""
     if as_json:
         output.data(
             {
@@ -75,7 +82,9 @@ def plan_(given: Given, inventory: Inventory = None, as_json: Json = False) -> N
                 "dockerfile": dockerfile,
                 "expected": wanted.expected(),
                 "missing": wanted.missing,
-                "jobs": images.jobs(),
+                "builder": wanted.at.host if wanted.at else None,
+                "buildkit": not plain,
+                "jobs": place.jobs if place else None,
                 "why": why,
             }
         )
@@ -87,7 +96,8 @@ def plan_(given: Given, inventory: Inventory = None, as_json: Json = False) -> N
     for line in why:
         output.out.print(f"why: {line}", markup=False)
     if dockerfile:
-        output.out.print(f"jobs: {images.jobs()}, by cores and memory of this machine", markup=False)
+        how = f"{_where(wanted)}, {'without' if plain else 'with'} BuildKit"
+        output.out.print(f"built: on {how}; jobs: {place.jobs}, by its cores and memory" if place else "", markup=False)
         output.out.print(f"\n{dockerfile}", markup=False)
     for line in wanted.missing:
         output.err.print(f"[red]missing:[/] {escape(line)}")
@@ -95,21 +105,30 @@ def plan_(given: Given, inventory: Inventory = None, as_json: Json = False) -> N
 
 @app.command()
 @takes(*READS)
-def build(given: Given, inventory: Inventory = None, as_json: Json = False) -> None:
-    """Build the image here, unless it is built, and try what is inside. One that is given is pulled and tried.
+def build(given: Given, inventory: Inventory = None, plain: Plain = False, as_json: Json = False) -> None:
+    """Build the image, unless it is built, and try what is inside. One that is given is pulled and tried.
+
+    It is built on the host of the group image_builder where there is one, else here; its archive lies here anyway.
 
     Exit code 2 where something has to be pinned first, 1 where the build or the test inside failed; hosts then keep
     the image that they have. The same command again goes on from the last finished layer.
     """
     wanted = _wanted(given, inventory, again=True)
     if wanted.given is not None:
-        holds = images.check(wanted.given, wanted.expected())
+        holds = images.check(wanted.given, wanted.expected(), at=wanted.at)
         result = {"image": wanted.given, "prebuilt": True, "built": False, "archive": None, "holds": holds}
         words = f"{wanted.given} holds what it should: {', '.join(f'{key} {holds[key]}' for key in ('vllm', 'ray'))}"
     else:
         assert wanted.plan is not None
         site = images.Site.of(wanted.cluster["stack"]["image"])
-        made = images.archive(wanted.plan, store=wanted.store, site=site, on_line=_live())
+        made = images.archive(
+            wanted.plan,
+            store=wanted.store,
+            site=site,
+            at=wanted.at,
+            buildkit="never" if plain else "auto",
+            on_line=_live(),
+        )
         result = {"image": made.tag, "prebuilt": False, "built": made.built, "archive": str(made.archive)}
         words = f"{made.tag} is {'built' if made.built else 'built already'}: {made.archive}"
     if as_json:
@@ -150,7 +169,7 @@ def push(
         raise UsageError(f"{wanted.tag} is not built", hint="clusterkit image build, first")
     if own and where == own["address"]:
         own = registries.own(wanted.cluster, store=wanted.store)
-    done = images.push(wanted.tag, where, wanted.archive, own, store=wanted.store)
+    done = images.push(wanted.tag, where, wanted.archive, own, store=wanted.store, at=wanted.at)
     if as_json:
         output.data({"image": done.reference, "layers": done.layers, "sent_layers": done.sent_layers})
     else:
@@ -166,11 +185,12 @@ def inspect(
     inventory: Inventory = None,
     as_json: Json = False,
 ) -> None:
-    """What an image in this machine's Docker says of itself: versions, commit, architectures, inputs."""
-    if reference is None:
+    """What an image in the Docker that builds says of itself: versions, commit, architectures, inputs."""
+    at = None
+    if reference is None or inventory is not None:
         wanted = _wanted(given, inventory, again=False)
-        reference = wanted.given or wanted.tag
-    found = images.inspect(reference)
+        reference, at = reference or wanted.given or wanted.tag, wanted.at
+    found = images.inspect(reference, at=at)
     if as_json:
         output.data({"image": reference, **found})
         return
@@ -180,22 +200,50 @@ def inspect(
 
 
 def _wanted(given: Given, inventory: str | None, *, again: bool) -> Wanted:
-    cluster = operations.validate(workspace.inventory(inventory), given.options())
+    source, options = workspace.inventory(inventory), given.options()
+    cluster = operations.validate(source, options)
+    at = _builder(cluster, source, options)
     store, stack = workspace.cache_home(), cluster["stack"]
     recipe, chosen = stack["image"], cluster["image"]
     if recipe is None and chosen is None:
         raise UsageError(f"the row {stack['name']!r} of the version table has no recipe for an image")
     if chosen is not None and (recipe is None or "source" not in recipe):
-        return Wanted(cluster, store, chosen, None, "", {})
+        return Wanted(cluster, at, store, chosen, None, "", {})
     if chosen is not None:
         # Only what it has to hold is asked of the recipe: no repository needs to answer for that.
         recipe = {**recipe, "ref": "0" * 40, "patches": ""}
     wish = wheels.wish_from({**stack["engine"], "index_url": cluster["mirrors"]["pypi"] or ""})
     plan = images.planned(recipe, wish, os.uname().machine, store=store, again=again, draft=True)
     if chosen is not None:
-        return Wanted(cluster, store, chosen, plan, "", {})
+        return Wanted(cluster, at, store, chosen, plan, "", {})
     tag, made_of = images.name(plan, store=store)
-    return Wanted(cluster, store, None, plan, tag, made_of)
+    return Wanted(cluster, at, store, None, plan, tag, made_of)
+
+
+def _builder(cluster: dict[str, Any], inventory: str, options: runner.Options) -> Way | None:
+    """How the host of the group image_builder is reached."""
+    host = cluster["image_builder"]
+    if host is None:
+        return None
+    result = runner.run("images.yml", inventory, replace(options, tags="image_builder"))
+    return Way.of(result.results[REACHED_TASK][host]["reached"])
+
+
+def _place(wanted: Wanted) -> images.Workplace | None:
+    """What would build; None where nothing has to, or nothing is there to ask on this machine."""
+    if wanted.given is not None:
+        return None
+    try:
+        with images.docker_at(wanted.at) as docker:
+            return images.workplace(docker)
+    except ClusterkitError:
+        if wanted.at is not None:
+            raise
+        return None
+
+
+def _where(wanted: Wanted) -> str:
+    return wanted.at.host if wanted.at else "this machine"
 
 
 def _why(wanted: Wanted) -> list[str]:

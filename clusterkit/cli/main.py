@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from clusterkit import operations, workspace
 from clusterkit.cli import host as host_verbs
-from clusterkit.cli import image, init, lab, output, plan
+from clusterkit.cli import image, init, lab, output, plan, status
 from clusterkit.cli.options import READS, RUNS, Given, Inventory, Json, takes
 from clusterkit.errors import ClusterkitError, RunFailed, SpecError, UsageError
 from clusterkit.render.variables import variables
@@ -71,12 +71,18 @@ def deploy(
     as_json: Json = False,
     check: Annotated[bool, typer.Option("--check", help="Change nothing.")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Show what changes in files.")] = False,
+    skip_off: Annotated[
+        bool,
+        typer.Option("--skip-off", help="Autoscaled: leave out hosts that are off, until a deploy takes them along."),
+    ] = False,
 ) -> None:
     """Bring the hosts to what the inventory says. The same command again converges.
 
-    What stands after `--` goes to ansible-playbook.
+    What stands after `--` goes to ansible-playbook. Hosts that the autoscaler has switched off are switched on for it.
     """
     options = given.options(check=check, diff=diff, rest=tuple(context.args))
+    if skip_off:
+        options = replace(options, extra_vars=(*options.extra_vars, "skip_off=true"))
     try:
         with output.Progress(quiet=as_json) as show:
             done = operations.deploy(workspace.inventory(inventory), options, on_event=show)
@@ -108,40 +114,7 @@ def deploy(
 
 
 app.command()(plan.plan)
-
-
-@app.command()
-@takes(*RUNS)
-def status(
-    given: Given,
-    inventory: Inventory = None,
-    as_json: Json = False,
-) -> None:
-    """What runs: nodes, apps with state and replicas, and every host's agent."""
-    with output.Progress(quiet=True) as show:
-        seen = operations.status(workspace.inventory(inventory), given.options(), on_event=show)
-    if as_json:
-        output.data(seen.as_dict())
-        return
-    nodes = Table("host", "agent", "Ray", "address", "GPU", "CPU", box=None, pad_edge=False)
-    by_host = {node["host"]: node for node in seen.nodes}
-    for host in seen.hosts:
-        node = by_host.get(host["host"], {})
-        resources = node.get("resources", {})
-        nodes.add_row(
-            host["host"],
-            ", ".join(filter(None, (host["state"], host["held"]))),
-            "alive" if node.get("alive") else "-",
-            node.get("node_ip", "-"),
-            f"{resources.get('GPU', 0):g}",
-            f"{resources.get('CPU', 0):g}",
-        )
-    output.out.print(nodes)
-    apps = Table("app", "state", "replicas", "base URL", box=None, pad_edge=False)
-    for item in seen.apps:
-        running = sum(1 for replica in item["replicas"] if replica["state"] == "RUNNING")
-        apps.add_row(item["name"], item["state"], f"{running}/{len(item['replicas'])}", item["base_url"])
-    output.out.print(apps)
+app.command()(status.status)
 
 
 @app.command()

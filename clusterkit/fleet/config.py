@@ -14,6 +14,7 @@ Seconds = Annotated[float, Field(gt=0)]
 # What ssh, a path and Ray's instance ids can all hold.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$")]
 Absolute = Annotated[str, Field(pattern=r"^/")]
+HOURS = r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"
 # A Unix socket's path ends at 107 bytes; ssh appends 17 while it makes one, and ours is 17 with its slash.
 CONTROL_DIR_LIMIT = 107 - 17 - 17
 
@@ -47,22 +48,21 @@ class PowerConfig(_Part):
 
 
 class HostConfig(_Part):
-    """One worker. `node_ip`: Ray's address; `address`: where its sshd answers.
-
-    `stale`: the generation that a deploy left behind because the host was off. While it still has that one, it is
-    not started.
-    """
+    """One worker. `node_ip`: Ray's address; `address`: where its sshd answers."""
 
     address: Name | Annotated[str, Field(pattern=r"^[0-9A-Fa-f:.]+$")]
     node_ip: str
     pool: str
     port: Annotated[int, Field(ge=1, le=65535)] = 22
-    stale: str | None = None
     power: PowerConfig = PowerConfig()
 
 
 class PoolConfig(_Part):
-    """A node type of Ray. `idle_off_s`: how long a host without a node stays on; null means for ever."""
+    """A node type of Ray. `idle_off_s`: how long a host without a node stays on; null means for ever.
+
+    `warm`: so many hosts are on without a node, within `warm_hours` (of the head's clock; null: always).
+    `idle_watts`: what an idle host burns, for the estimate of what was saved.
+    """
 
     max: Annotated[int, Field(ge=0)]
     gpus: Annotated[int, Field(ge=0)] = 0
@@ -71,6 +71,8 @@ class PoolConfig(_Part):
     drain_grace_s: Annotated[int, Field(ge=1, le=99999)] = 900
     idle_off_s: Seconds | None = None
     warm: Annotated[int, Field(ge=0)] = 0
+    warm_hours: Annotated[str, Field(pattern=HOURS)] | None = None
+    idle_watts: Annotated[int, Field(gt=0)] | None = None
 
 
 class Limits(_Part):

@@ -1,9 +1,9 @@
 """One host's agent, over SSH: a word goes out, one JSON object comes back, and every call has a deadline.
 
 Each call is an `ssh` process of its own; OpenSSH keeps one connection per host open below them (ControlMaster,
-ControlPersist), so a call costs no handshake, and the connection outlives a restart of the daemon. A call that missed
-its deadline, or found the connection broken, takes the control socket away: the next one connects anew, whatever the
-old master is stuck in. On the host, the key may only run the agent's words.
+ControlPersist), so a call costs no handshake. Under systemd they end with the daemon; one that was left is used again.
+A call that missed its deadline, or found the connection broken, takes the control socket away: the next one connects
+anew, whatever the old master is stuck in. On the host, the key may only run the agent's words.
 """
 
 from __future__ import annotations
@@ -27,10 +27,16 @@ WORD = re.compile(r"[A-Za-z0-9-][A-Za-z0-9._-]{0,62}")
 ANSWER_LIMIT = 1024 * 1024
 SSH_FAILED = 255  # ssh's own exit code, when it is not the remote command's
 EOF_PATIENCE_S = 1.0
+# Of OpenSSH's client: a host that says so is on, and its power is not what is wrong.
+SSHD_ANSWERED = ("Permission denied", "Host key verification failed", "Connection refused")
 
 
 class Unreachable(ClusterkitError):
-    """The host gave no answer: nobody knows whether it did what it was asked."""
+    """The host gave no answer: nobody knows whether it did what it was asked. `alive`: its sshd gave one."""
+
+    def __init__(self, message: str, *, alive: bool = False) -> None:
+        super().__init__(message)
+        self.alive = alive
 
 
 class Refused(ClusterkitError):
@@ -110,7 +116,8 @@ class Connection:
         if ran.code is None:
             raise Unreachable(f"no answer to {words[0]} in {timeout_s:g} s")
         said = ran.err.strip().splitlines()
-        raise Unreachable(said[-1][:300] if said else f"{words[0]} ended with {ran.code} and no answer")
+        message = said[-1][:300] if said else f"{words[0]} ended with {ran.code} and no answer"
+        raise Unreachable(message, alive=any(words in ran.err for words in SSHD_ANSWERED))
 
     def _forget(self) -> None:
         with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -18,12 +18,13 @@ from clusterkit.fleet.config import FleetConfig
 from clusterkit.fleet.connection import Connection, Refused, Unreachable
 from clusterkit.fleet.explain import describe
 from clusterkit.fleet.host import Host
-from clusterkit.fleet.policy import backoff, choose, obstacle, to_switch_off
+from clusterkit.fleet.policy import backoff, choose, obstacle, to_switch_off, to_wake
 from clusterkit.fleet.power import PowerError, Switches
-from clusterkit.fleet.record import Phase, Record, Want
+from clusterkit.fleet.record import RESERVE_LIMIT_S, Phase, Record, Want
 
 QUARANTINE_TIMEOUT_S = 60.0
 PLAN_EVERY_S = 0.5
+SAVE_EVERY_S = 600.0
 FINDING_LIMIT = 1000  # characters that the agent takes of a finding's problem
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Fleet:
         for host in self.hosts.values():
             self.act(host)
             self._spawn(self._poll(host))
+        saved = time.monotonic()
         try:
             while True:
                 with suppress(TimeoutError):
@@ -75,6 +77,10 @@ class Fleet:
                         await self._nudge.wait()
                 self._nudge.clear()
                 await self._plan()
+                if time.monotonic() - saved > SAVE_EVERY_S:
+                    # How long hosts were off is worth a write now and then.
+                    saved = time.monotonic()
+                    await self._saved()
                 # Hosts answer one by one; planning for each of a thousand would be all that is done.
                 await asyncio.sleep(min(PLAN_EVERY_S, self.config.polling.interval_s))
         finally:
@@ -187,7 +193,7 @@ class Fleet:
         taken: list[Host] = []
         while want.open:
             now = time.time()
-            slots = self.limits.power_ons - sum(host.booting for host in self.hosts.values())
+            slots = self._slots()
             promised = sum(host.record.instance is not None for host in members)
             host = choose(members, self.limits, slots, now) if promised < self.config.pools[want.pool].max else None
             if host is None:
@@ -204,6 +210,10 @@ class Fleet:
             taken.append(host)
             log.info("%s is given to a request for %s, as %s", host.name, want.pool, record.instance)
         return taken
+
+    def _slots(self) -> int:
+        """How many more hosts may be switched on now."""
+        return self.limits.power_ons - sum(host.booting for host in self.hosts.values())
 
     def _fresh_id(self, name: str) -> str:
         """Ray must never see an id again; the agent takes 63 characters of it."""
@@ -278,16 +288,69 @@ class Fleet:
             "trouble": self.trouble,
         }
 
-    async def release(self, name: str) -> dict[str, Any]:
-        """Forget a host's failures and the quarantine that is kept here."""
-        host = self.hosts.get(name)
-        if host is None:
-            raise ClusterkitError(f"there is no host {name}")
+    def _named(self, names: Iterable[str]) -> list[Host]:
+        unknown = [name for name in names if name not in self.hosts]
+        if unknown:
+            raise ClusterkitError(f"there is no host {', '.join(unknown)}")
+        return [self.hosts[name] for name in names]
+
+    async def hold(self, name: str, owner: str, reason: str) -> dict[str, Any]:
+        """Maintenance: from now on the host is neither given nor switched on, whether it is on or off."""
+        (host,) = self._named([name])
+        known = host.record.maintenance
+        if known is not None and known["owner"] != owner:
+            raise ClusterkitError(f"{name} is in maintenance already: {known['reason']} (by {known['owner']})")
+        changed = known is None or known["reason"] != reason
+        since = known["since"] if known is not None else time.time()
+        host.record.maintenance = {"owner": owner, "reason": reason, "since": since}
+        await self._saved()
+        return {"changed": changed}
+
+    async def release(self, name: str, only: str | None = None) -> dict[str, Any]:
+        """Forget a host's failures, and the maintenance and quarantine that are kept here. `only` maintenance: just
+        that."""
+        (host,) = self._named([name])
         record = host.record
-        changed = bool(record.quarantine or record.failures)
-        record.quarantine, record.failures, record.not_before, record.error = None, 0, 0.0, None
+        changed = record.maintenance is not None
+        record.maintenance = None
+        # It has to say anew what its own agent keeps.
+        record.held, record.held_as = None, None
+        if only is None:
+            changed = changed or bool(record.quarantine or record.failures)
+            record.quarantine, record.failures, record.not_before, record.error = None, 0, 0.0, None
+        host.hurry.set()
         await self._saved()
         self._nudge.set()
+        return {"changed": changed}
+
+    async def reserve(self, names: list[str], owner: str, seconds: float) -> dict[str, Any]:
+        """Somebody is going to work on these hosts for so long: those that are off are switched on, in turns, and none
+        is given to Ray or switched off."""
+        until = time.time() + min(seconds, RESERVE_LIMIT_S)
+        for host in self._named(names):
+            host.record.reserved_by, host.record.reserved_until = owner, until
+        await self._saved()
+        self._nudge.set()
+        return {}
+
+    async def free(self, names: list[str], *, converged: bool) -> dict[str, Any]:
+        """Nobody works on them any more. `converged`: they are as the inventory says."""
+        hosts = self._named(names)
+        changed = converged and any(host.record.stale for host in hosts)
+        for host in hosts:
+            host.record.reserved_by, host.record.reserved_until = None, 0.0
+            host.record.stale = host.record.stale and not converged
+        await self._saved()
+        self._nudge.set()
+        return {"changed": changed}
+
+    async def skip(self, names: list[str]) -> dict[str, Any]:
+        """A deploy leaves them out: they are not given until one has converged them."""
+        hosts = self._named(names)
+        changed = any(not host.record.stale for host in hosts)
+        for host in hosts:
+            host.record.stale = True
+        await self._saved()
         return {"changed": changed}
 
     # ------------------------------------------------------------------------- what actors ask for
@@ -355,6 +418,7 @@ class Fleet:
                 # A mistake of ours must not leave a host unwatched for ever.
                 log.exception("%s: its answer could not be used", host.name)
                 host.view.missed("its answer could not be used; the daemon's log has more")
+            self._count_off(host)
             await host.tell_news()
             near = host.view.reachable or host.record.phase is not None
             with suppress(TimeoutError):
@@ -362,13 +426,20 @@ class Fleet:
                     await host.hurry.wait()
             host.hurry.clear()
 
+    @staticmethod
+    def _count_off(host: Host) -> None:
+        now = time.monotonic()
+        if host.off and host.off_seen is not None:
+            host.record.off_s += now - host.off_seen
+        host.off_seen = now if host.off else None
+
     async def _look(self, host: Host) -> None:
         acts, began = host.acts, time.monotonic()
         away = host.record.off or host.view.misses > 1
         try:
             answer = await host.connection.status(self._patient if host.view.error else self._prompt)
         except (Unreachable, Refused) as error:
-            host.view.missed(str(error))
+            host.view.missed(str(error), alive=isinstance(error, Unreachable) and error.alive)
             await self._ask_power(host)
         else:
             if acts == host.acts:
@@ -395,13 +466,14 @@ class Fleet:
     def _observe(self, host: Host) -> None:
         """What a host said changes what was noted, where nothing is under way: the host is the truth."""
         record, view = host.record, host.view
-        before = (record.instance, record.phase, record.off, record.generation)
+        before = (record.instance, record.phase, record.off, record.held)
         if view.reachable:
             record.off = False
-            record.generation = view.generation
+            record.held = view.held
+            record.held_as = None if view.held is None else "quarantined" if view.quarantined else "maintenance"
             if record.phase is None:
                 self._agree(host)
-        if before != (record.instance, record.phase, record.off, record.generation):
+        if before != (record.instance, record.phase, record.off, record.held):
             self._spawn(self._saved_and_acted(host))
         self._nudge.set()
 
@@ -466,8 +538,17 @@ class Fleet:
                 log.error("%s", error)
         now = time.time()
         needed = {want.pool for want in wants if want.open}
-        for pool in set(self.config.pools) - needed:
+        for pool in self.config.pools:
             members = [host for host in self.hosts.values() if host.config.pool == pool]
+            for host in to_wake(members, self.limits, self._slots(), now):
+                who = host.record.reserved_by if host.record.reserved(now) else "a warm spare"
+                log.info("%s is switched on for %s", host.name, who)
+                host.record.phase, host.record.since, host.record.error = Phase.POWER_ON, now, None
+                host.record.cycles.append(now)
+                host.acts += 1
+                await self._saved_and_acted(host)
+            if pool in needed:
+                continue
             for host in to_switch_off(members, self.limits, now):
                 log.info("%s has been idle since %s: it is switched off", host.name, host.record.idle_since)
                 host.record.phase, host.record.since = Phase.POWER_OFF, now

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from clusterkit.fleet.config import Limits
 from clusterkit.fleet.host import Host
-from clusterkit.fleet.policy import DOING, clock, obstacle
+from clusterkit.fleet.policy import DOING, STALE, clock, obstacle
 from clusterkit.fleet.record import Phase
 
 State = Literal[
@@ -25,7 +25,7 @@ _PHASES: dict[Phase, State] = {
 def describe(host: Host, limits: Limits, now: float) -> dict[str, Any]:
     """For `status`: everything that somebody who wonders about this host wants to know."""
     state, since, why = explain(host, limits, now)
-    age = host.view.age_s
+    record, age, watts = host.record, host.view.age_s, host.pool.idle_watts
     return {
         "host": host.name,
         "pool": host.config.pool,
@@ -33,9 +33,18 @@ def describe(host: Host, limits: Limits, now: float) -> dict[str, Any]:
         "state": state,
         "since": clock(since) if since else None,
         "why": why,
-        "instance": host.record.instance,
-        "failures": host.record.failures,
-        "cycles_today": host.record.cycles_today(now),
+        "asked": host.view.asked,
+        "reachable": host.view.reachable,
+        "phase": record.phase,
+        # Why it could not be switched on, or given, should somebody reserve it.
+        "obstacle": obstacle(host, limits, now, reserved=False),
+        "instance": record.instance,
+        "failures": record.failures,
+        "cycles_today": record.cycles_today(now),
+        "stale": record.stale,
+        "reserved": record.reserved_by if record.reserved(now) else None,
+        "off_hours": round(record.off_s / 3600, 2),
+        "saved_kwh": round(watts * record.off_s / 3.6e6, 2) if watts is not None else None,
         "power": host.config.power.kind,
         "power_error": host.view.power_error,
         "answered_s_ago": round(age, 1) if age is not None else None,
@@ -51,25 +60,32 @@ def explain(host: Host, limits: Limits, now: float) -> tuple[State, float, str]:
     runs = f"; its node {record.instance} still runs" if record.instance else ""
     if record.quarantine is not None:
         return "quarantined", record.quarantine_since, f"{record.quarantine}{runs}"
-    if view.quarantined or view.maintained:
-        state: State = "quarantined" if view.quarantined else "maintenance"
-        return state, 0.0, f"{view.held}{runs}"
+    if host.held is not None:
+        return _held(host, f"{host.held}{runs}")
     if record.instance is not None:
         if not view.reachable:
             said = view.error or "not asked yet"
             return "unreachable", view.error_since, f"its node {record.instance} is in Ray; no answer: {said}"
         sick = "" if view.running else f"; {view.reason}"
         return "busy", record.since, f"its node {record.instance} is in Ray{sick}"
-    if host.stale:
-        return "stale", 0.0, "it was off when a newer generation was deployed; deploy it"
     why = obstacle(host, limits, now)
+    if record.stale and why == STALE:
+        return "stale", 0.0, why
     if view.reachable:
         return "idle", record.idle_since, why or "on, and free"
-    if record.off or view.power == "off":
+    if host.off:
         return "off", record.since if record.off else view.error_since, why or "off, and free"
     if view.asked and host.switch.can_switch and why is None:
         return "off", view.error_since, f"does not answer, taken for off: {view.error}"
     return "unreachable", view.error_since, why or "no answer"
+
+
+def _held(host: Host, why: str) -> tuple[State, float, str]:
+    if host.record.maintenance is not None:
+        return "maintenance", float(host.record.maintenance["since"]), why
+    if host.view.reachable:
+        return "quarantined" if host.view.quarantined else "maintenance", 0.0, why
+    return host.record.held_as or "maintenance", 0.0, why
 
 
 def _doing(host: Host) -> str:

@@ -22,6 +22,7 @@ class Host:
     switch: Switch
     view: View = field(default_factory=View)
     noted: bool = True  # what is under way is on disk, so it may be done
+    off_seen: float | None = None  # monotonic: since when it has been off without a count
     acts: int = 0  # an answer to a question that is older than the last act is no news
     actor: asyncio.Task[None] | None = None
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
@@ -37,9 +38,20 @@ class Host:
         return self.record.phase in (Phase.POWER_ON, Phase.BOOT)
 
     @property
-    def stale(self) -> bool:
-        known = self.view.generation or self.record.generation
-        return self.config.stale is not None and known == self.config.stale
+    def held(self) -> str | None:
+        """Why people or its own agent keep it out. What the agent said last holds while it does not answer: a host
+        that is off because somebody works on it must not be switched on."""
+        if self.record.maintenance is not None:
+            by = self.record.maintenance
+            return f"in maintenance: {by['reason']} (by {by['owner']})"
+        return self.view.held if self.view.reachable else self.record.held
+
+    @property
+    def off(self) -> bool:
+        """As far as anybody knows."""
+        if self.view.alive:
+            return False
+        return not self.view.reachable and self.record.phase is None and (self.record.off or self.view.power == "off")
 
     async def next_news(self, timeout_s: float) -> None:
         """Wait until the host was asked once more, or for so long."""

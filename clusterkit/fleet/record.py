@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from clusterkit.errors import ClusterkitError
 
 VERSION = 1
 DAY_S = 86400.0
+RESERVE_LIMIT_S = DAY_S
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,12 @@ class HostRecord:
     told                          Ray has had it in a list
     failures, not_before, error   in a row; when it may be tried again; what the last one said
     quarantine                    kept here while the host cannot be told: it does not boot
+    maintenance                   owner, reason and since, as somebody told the daemon; the host may be off
+    held, held_as                 what its own agent said last: a host that was held stays so while it is off
+    reserved_by, reserved_until   somebody works on it for a while: it is switched on, and not given
+    stale                         it was left out by a deploy
     off                           we switched it off, and it has not answered since
+    off_s                         how long it has been off, altogether
     cycles                        when it was powered on, for a day
     """
 
@@ -57,15 +63,25 @@ class HostRecord:
     error: str | None = None
     quarantine: str | None = None
     quarantine_since: float = 0.0
+    maintenance: dict[str, Any] | None = None
+    held: str | None = None
+    held_as: Literal["quarantined", "maintenance"] | None = None
+    reserved_by: str | None = None
+    reserved_until: float = 0.0
+    stale: bool = False
     off: bool = False
+    off_s: float = 0.0
     idle_since: float = 0.0
     cycles: list[float] = field(default_factory=list)
-    generation: str | None = None
 
     @property
     def leaving(self) -> bool:
         """Ray has let go of it, or never had it: whatever runs there is on its way out."""
         return self.phase in (Phase.DRAIN, Phase.STOP, Phase.POWER_OFF)
+
+    def reserved(self, now: float) -> bool:
+        """A clock that jumped back does not make it longer than it was asked for."""
+        return self.reserved_by is not None and now < self.reserved_until <= now + RESERVE_LIMIT_S
 
     def cycles_today(self, now: float) -> int:
         self.cycles = [at for at in self.cycles if abs(now - at) < DAY_S]

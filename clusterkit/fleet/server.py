@@ -6,7 +6,11 @@
     {"v": 1, "verb": "terminate", "ids": ["…"]}            {"v": 1, "ok": true, "terminated": [], "unknown": []}
     {"v": 1, "verb": "tags", "id": "…", "tags": {}}
     {"v": 1, "verb": "status"}                             {"v": 1, "ok": true, "hosts": [...], "open": [...]}
-    {"v": 1, "verb": "release", "host": "…"}               root only
+    {"v": 1, "verb": "hold", "host": "…", "owner": "…", "reason": "…"}             root only, as all that follow
+    {"v": 1, "verb": "release", "host": "…"}               (with "only": "maintenance": a quarantine stays)
+    {"v": 1, "verb": "reserve", "hosts": ["…"], "owner": "…", "seconds": 3600}
+    {"v": 1, "verb": "free", "hosts": ["…"], "converged": true}
+    {"v": 1, "verb": "skip", "hosts": ["…"]}
                                                            {"v": 1, "ok": false, "code": "…", "error": "…"}
 
 Codes: `version`, `request`, `forbidden`, `not_now` (ask again; nothing was changed), `failed`.
@@ -61,14 +65,15 @@ class Server:
     async def listen(self) -> asyncio.Server:
         """Takes over the socket's path; UsageError where another daemon answers there."""
         config = self.fleet.config
+        group = socket_group(config)
         _free(config.socket)
         mask = os.umask(0o177)
         try:
             server = await asyncio.start_unix_server(self._talk, config.socket, limit=LINE_LIMIT)
         finally:
             os.umask(mask)
-        if config.socket_group is not None:
-            os.chown(config.socket, -1, grp.getgrnam(config.socket_group).gr_gid)
+        if group is not None:
+            os.chown(config.socket, -1, group)
         os.chmod(config.socket, 0o660)
         return server
 
@@ -121,6 +126,19 @@ def allowed_users(config: FleetConfig) -> frozenset[int]:
         except KeyError:
             raise UsageError(f"there is no user {name} on this host") from None
     return frozenset(users)
+
+
+def socket_group(config: FleetConfig) -> int | None:
+    """Who may open the socket: the configured group, else the first user's own. UsageError where there is none."""
+    try:
+        if config.socket_group is not None:
+            return grp.getgrnam(config.socket_group).gr_gid
+        first = config.users[0] if config.users else None
+        if first is None:
+            return None
+        return (pwd.getpwuid(first) if isinstance(first, int) else pwd.getpwnam(first)).pw_gid
+    except KeyError as error:
+        raise UsageError(f"the group of the socket cannot be found on this host: {error.args[0]}") from None
 
 
 def peer(writer: asyncio.StreamWriter) -> int:
@@ -190,10 +208,47 @@ async def _status(fleet: Fleet, _request: Mapping[str, Any], _user: int) -> dict
     return fleet.status()
 
 
-async def _release(fleet: Fleet, request: Mapping[str, Any], user: int) -> dict[str, Any]:
+def _root_only(user: int) -> None:
     if user not in (0, os.geteuid()):
-        raise Forbidden("only root releases a host")
-    return await fleet.release(_text(request, "host"))
+        raise Forbidden("only root holds, reserves and releases hosts")
+
+
+def _names(request: Mapping[str, Any]) -> list[str]:
+    found = request.get("hosts")
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise Wrong("hosts must be a list of names")
+    return found
+
+
+async def _hold(fleet: Fleet, request: Mapping[str, Any], user: int) -> dict[str, Any]:
+    _root_only(user)
+    return await fleet.hold(_text(request, "host"), _text(request, "owner"), _text(request, "reason"))
+
+
+async def _release(fleet: Fleet, request: Mapping[str, Any], user: int) -> dict[str, Any]:
+    _root_only(user)
+    only = request.get("only")
+    if only not in (None, "maintenance"):
+        raise Wrong("only may be maintenance, or be left out")
+    return await fleet.release(_text(request, "host"), only)
+
+
+async def _reserve(fleet: Fleet, request: Mapping[str, Any], user: int) -> dict[str, Any]:
+    _root_only(user)
+    seconds = request.get("seconds")
+    if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds <= 0:
+        raise Wrong("seconds must be a number above 0")
+    return await fleet.reserve(_names(request), _text(request, "owner"), seconds)
+
+
+async def _set_free(fleet: Fleet, request: Mapping[str, Any], user: int) -> dict[str, Any]:
+    _root_only(user)
+    return await fleet.free(_names(request), converged=request.get("converged") is True)
+
+
+async def _skip(fleet: Fleet, request: Mapping[str, Any], user: int) -> dict[str, Any]:
+    _root_only(user)
+    return await fleet.skip(_names(request))
 
 
 _Verb = Callable[[Fleet, Mapping[str, Any], int], Awaitable[dict[str, Any]]]
@@ -203,5 +258,9 @@ _VERBS: dict[str, _Verb] = {
     "terminate": _terminate,
     "tags": _set_tags,
     "status": _status,
+    "hold": _hold,
     "release": _release,
+    "reserve": _reserve,
+    "free": _set_free,
+    "skip": _skip,
 }

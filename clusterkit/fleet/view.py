@@ -9,10 +9,6 @@ from typing import Any
 
 from clusterkit.fleet.power import State
 
-# The launcher's words (roles/ray_node/files/ray-node, `inspect`) for a node whose raylet has certainly gone while
-# something of it is left. Everything else that is not `stopped` may still serve, and is never given up.
-RAYLET_GONE = ("the raylet is gone", "drained at ")
-
 
 @dataclass
 class View:
@@ -24,6 +20,7 @@ class View:
     error: str | None = None  # why the last call brought none
     error_since: float = 0.0  # epoch
     misses: int = 0  # in a row
+    alive: bool = False  # no answer of its agent, but one of its sshd
     power: State = None
     power_error: str | None = None
     power_asked: float = 0.0  # monotonic
@@ -31,11 +28,12 @@ class View:
 
     def heard(self, answer: Mapping[str, Any], took_s: float) -> None:
         self.answer, self.answered, self.took_s = answer, time.monotonic(), took_s
-        self.error, self.asked, self.power, self.misses = None, True, None, 0
+        self.error, self.asked, self.power, self.misses, self.alive = None, True, None, 0, False
 
-    def missed(self, error: str) -> None:
+    def missed(self, error: str, *, alive: bool = False) -> None:
         if self.error is None:
             self.error_since = time.time()
+        self.alive = alive
         self.error, self.asked, self.misses = error, True, self.misses + 1
 
     @property
@@ -69,8 +67,9 @@ class View:
 
     @property
     def leftover(self) -> bool:
-        """No raylet, but something of the node that has to be cleared away."""
-        return self._said("state") == "degraded" and str(self._said("reason") or "").startswith(RAYLET_GONE)
+        """The raylet is certainly gone, as the launcher says, but something of the node has to be cleared away.
+        Everything else that is not `stopped` may still serve, and is never given up."""
+        return bool(self._said("state") == "degraded" and self._said("raylet") == "gone")
 
     @property
     def held(self) -> str | None:

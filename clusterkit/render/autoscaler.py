@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from clusterkit.spec.cluster import HEAD_NODE_TYPE, ClusterSpec, Pool
+from clusterkit.spec.cluster import HEAD_NODE_TYPE, START_TIMEOUT_S, ClusterSpec, Pool
 
 PROVIDER = "clusterkit.node_provider.provider.FleetNodeProvider"
 SOCKET = "/run/clusterkit/fleet/fleet.sock"
-# Of the host agent: from `start` until Ray answers, with what its lock and its systemd may add.
-START_TIMEOUT_S = 360
 # How long Ray waits for a host that it asked for before it asks again. The daemon gives up a little sooner: a
 # request that lived on there would be served twice.
 REQUEST_TIMEOUT_S = 600
 REQUEST_MARGIN_S = 10
-# Between a node that is up and Ray that has seen it; polls of the daemon and rounds of the autoscaler lie in it.
-ALLOCATE_MARGIN_S = 120
 # Ray 2.60 has no defaults for these with `type: external`, and its head dies without some of them.
 EMPTY_LISTS = (
     "setup_commands",
@@ -28,6 +24,17 @@ EMPTY_LISTS = (
     "rsync_exclude",
     "rsync_filter",
 )
+
+
+def autoscaler(spec: ClusterSpec) -> dict[str, Any] | None:
+    """What roles read of it in the fact `clusterkit`; None where pools are fixed."""
+    if not spec.autoscaled:
+        return None
+    return {
+        "config": autoscaling_config(spec),
+        "environment": autoscaler_environment(spec),
+        "fleet": fleet_config(spec),
+    }
 
 
 def autoscaling_config(spec: ClusterSpec) -> dict[str, Any]:
@@ -79,12 +86,14 @@ def _resources(pool: Pool) -> dict[str, int]:
 
 def autoscaler_environment(spec: ClusterSpec) -> dict[str, str]:
     """For the head's `ray start`: its autoscaler, and how long that waits."""
-    slowest = max(pool.facts.pool.boot_budget_s for pool in spec.pools.values())
     return {
         "RAY_enable_autoscaler_v2": "1",
+        # Serve's own default spreads replicas, and no host would ever be without one. With this it moves them together,
+        # too (ray 2.60.0, serve/_private/deployment_scheduler.py).
+        "RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1",
         "RAY_AUTOSCALER_RECONCILE_REQUEST_STATUS_TIMEOUT_S": str(REQUEST_TIMEOUT_S),
         # Ray's own hour is how long a worker that died with the old head would count as coming.
-        "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": str(slowest + START_TIMEOUT_S + ALLOCATE_MARGIN_S),
+        "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": str(spec.node_timeout_s),
     }
 
 
@@ -123,4 +132,6 @@ def _fleet_pool(pool: Pool) -> dict[str, Any]:
         "drain_grace_s": scaling.drain_grace_s,
         "idle_off_s": scaling.idle_off_s,
         "warm": scaling.warm,
+        "warm_hours": scaling.warm_hours,
+        "idle_watts": scaling.idle_watts,
     }

@@ -23,8 +23,9 @@ REMOVED_SERVE_OPTIONS = {
 
 TOLERANCE = 1e-9
 
-# The roles `fleet` and `autoscaler` are not there yet.
-AUTOSCALED_OFFERED = False
+# Ansible's names for the password that ssh logs in with.
+LOGIN_PASSWORDS = ("ansible_password", "ansible_ssh_pass", "ansible_ssh_password")
+
 # Where the autoscaler's tests pass.
 AUTOSCALED_RAY = ("2.60.0",)
 
@@ -164,6 +165,24 @@ def registry(
             "take it out, or set clusterkit_image_registry to the registry behind it, or clusterkit_image to an image",
             (host,),
         )
+
+
+def image_builder(members: Sequence[str], raw: RawInventory) -> Iterator[Finding]:
+    """One host, which is logged in to by key: a tunnel to its Docker asks nobody for a password."""
+    if len(members) > 1:
+        problem = f"{len(members)} builders: {', '.join(members)}"
+        fix = "leave one host in the group; the image is built once"
+        yield Finding(raw.place_of("image_builder"), "image_builder", problem, fix, tuple(members))
+    for host in members[:1]:
+        variables = raw.hosts.get(host, {})
+        if variables.get("ansible_connection", RawValue()).value == "local":
+            continue
+        for name in LOGIN_PASSWORDS:
+            # Whether there is one is all that is asked.
+            if name in variables:
+                problem = "the image is built through a tunnel of ssh, which logs in by key and takes no password"
+                fix = "let a key in there (ansible_ssh_private_key_file), and take the password off this host"
+                yield Finding(variables[name].place(), name, problem, fix, (host,))
 
 
 def unresolved(raw: RawInventory) -> list[Finding]:
@@ -308,19 +327,21 @@ def _unscalable(
 ) -> Iterator[tuple[str, str, str]]:
     """(key of clusterkit_pool, problem, fix)"""
     scaling, managed = pool.facts.pool, raw.group("managed_hosts")
-    if not AUTOSCALED_OFFERED:
-        yield "mode", "this release runs fixed pools only", "set mode: fixed"
     if stack is not None and stack.ray not in AUTOSCALED_RAY:
-        known = ", ".join(AUTOSCALED_RAY)
-        yield "mode", f"autoscaled pools were not tried with Ray {stack.ray}", f"set mode: fixed, or use Ray {known}"
+        rows = [r.name for r in table().rows if r.ray in AUTOSCALED_RAY and r.accelerator == pool.facts.accelerator]
+        problem = f"autoscaled pools were not tried with Ray {stack.ray}, only with {', '.join(AUTOSCALED_RAY)}"
+        yield "mode", problem, f"set mode: fixed, or use a row that can: {', '.join(rows)}"
     fixed = sorted(other.name for other in pools.values() if other.facts.pool.mode == "fixed")
     if fixed:
         problem = f"the pool {fixed[0]} is fixed, and Ray's autoscaler would end its nodes when they are idle"
         yield "mode", problem, "make all pools autoscaled (min keeps hosts running), or all fixed"
     if any(hosts[name].head for name in pool.hosts if name in hosts):
-        yield "mode", "the head is in this pool, and it cannot come and go", "take it out, or set mode: fixed"
-    if not set(pool.hosts) <= set(managed):
-        yield "mode", "not all its hosts are in managed_hosts, and only root starts them", "put them there"
+        problem = "the head is in this pool, and it cannot come and go: Ray and its autoscaler end with it"
+        yield "mode", problem, "take it out (it needs no GPU), or set mode: fixed"
+    unmanaged = sorted({*pool.hosts, *raw.group("ray_head")} - set(managed))
+    if unmanaged:
+        problem = f"{', '.join(unmanaged)}: not in managed_hosts, and only root starts hosts and their nodes"
+        yield "mode", problem, "put the head and all hosts of the pool there"
     if pool.facts.cpus is None:
         problem = "Ray has to know what a host offers before it is there, and its CPUs are not declared"
         yield "mode", problem, "set clusterkit_cpus for the pool"

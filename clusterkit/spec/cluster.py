@@ -13,6 +13,10 @@ from clusterkit.spec.stacks import Engine, Stack, table
 from serve_apps.template import Template
 
 HEAD_NODE_TYPE = "head"
+# Of the host agent: from `start` until Ray answers, with what its lock and its systemd may add.
+START_TIMEOUT_S = 360
+# Between a node that is up and Ray that has seen it; polls of the daemon and rounds of the autoscaler lie in it.
+SEEN_MARGIN_S = 120
 
 
 class _Frozen(BaseModel):
@@ -98,6 +102,7 @@ class ClusterSpec(_Frozen):
     pools: dict[str, Pool]
     apps: tuple[App, ...]
     registry: Registry | None = None
+    image_builder: str | None = None
 
     @property
     def one_box(self) -> bool:
@@ -108,6 +113,14 @@ class ClusterSpec(_Frozen):
     def autoscaled(self) -> bool:
         """Hosts come and go as demand asks: all pools do, or none."""
         return any(pool.facts.pool.mode == "autoscaled" for pool in self.pools.values())
+
+    @property
+    def node_timeout_s(self) -> int:
+        """From Ray's wish for a node until it has one, on a host that is off: at most so long. 0: it has them all."""
+        if not self.autoscaled:
+            return 0
+        slowest = max(pool.facts.pool.boot_budget_s for pool in self.pools.values())
+        return slowest + START_TIMEOUT_S + SEEN_MARGIN_S
 
     @property
     def image_registry(self) -> str | None:
@@ -158,6 +171,8 @@ class ClusterSpec(_Frozen):
             "image_registry": self.image_registry,
             # The cluster's own, where it has one.
             "registry": {**self.registry.model_dump(), "address": self.registry.address} if self.registry else None,
+            # The host whose Docker builds the image; None: this machine's.
+            "image_builder": self.image_builder,
             # What runs Python with Ray in it, in either runtime; made by ray_env or vllm_image.
             "ray_python": facts.paths.root + ("/ray-env/bin/python" if facts.runtime == "venv" else "/bin/ray-python"),
             # A row that brings no engine of its own has an empty one: roles need not ask.
@@ -175,7 +190,12 @@ class ClusterSpec(_Frozen):
             "ca_bundle": facts.ca_bundle,
             "environment": facts.environment,
             "object_store_gib": facts.object_store_gib,
-            "serve": facts.serve.model_dump(),
+            "serve": {
+                **facts.serve.model_dump(),
+                # A replica may have to wait for its host, which is no fault of the app's.
+                "ready_timeout_s": facts.serve.ready_timeout_s + self.node_timeout_s,
+            },
+            "node_timeout_s": self.node_timeout_s,
             "log_rotation": facts.log_rotation.model_dump(),
             "allow_disruption": facts.allow_disruption,
             "max_unavailable": facts.max_unavailable,
@@ -238,6 +258,8 @@ class ClusterSpec(_Frozen):
             "head": host.head,
             "worker": host.worker,
             "managed": host.managed,
+            # Its node comes and goes as the autoscaler asks; nobody else starts it.
+            "autoscaled": pool is not None and pool.pool.mode == "autoscaled",
             "pool": host.pool,
             "node_type": HEAD_NODE_TYPE if host.head else host.pool,
             "accelerator": pool.accelerator if pool else None,

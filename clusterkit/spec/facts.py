@@ -115,7 +115,9 @@ class ServeFacts(Facts):
     )
     request_timeout_s: Number | None = Field(None, description="how long a request may take; none: as long as it likes")
     keep_alive_timeout_s: StrictInt = Field(5, description="how long an idle connection is kept")
-    ready_timeout_s: StrictInt = Field(900, gt=0, description="how long an app may take to become RUNNING")
+    ready_timeout_s: StrictInt = Field(
+        900, gt=0, description="how long an app may take to become RUNNING, once its hosts are there"
+    )
 
 
 class LogRotation(Facts):
@@ -128,7 +130,9 @@ class LogRotation(Facts):
 class PoolScaling(Facts):
     """How many hosts of a pool run Ray. A fixed pool runs all of them."""
 
-    mode: Literal["fixed", "autoscaled"] = Field("fixed", description="this release runs fixed pools")
+    mode: Literal["fixed", "autoscaled"] = Field(
+        "fixed", description="fixed: every host runs its node; autoscaled: hosts come and go as Serve needs them"
+    )
     min: StrictInt = Field(0, ge=0, description="never fewer hosts")
     max: StrictInt | None = Field(None, ge=0, description="at most the number of hosts in the pool; default all")
     boot_budget_s: StrictInt = Field(
@@ -140,7 +144,15 @@ class PoolScaling(Facts):
     idle_off_s: StrictInt | None = Field(
         None, gt=0, description="autoscaled: a host that runs no node for so long is switched off; none: stays on"
     )
-    warm: StrictInt = Field(0, ge=0, description="autoscaled: so many idle hosts are not switched off")
+    warm: StrictInt = Field(
+        0, ge=0, description="autoscaled: so many idle hosts are on, whether they are needed or not"
+    )
+    warm_hours: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = Field(
+        None, description="autoscaled: when warm hosts are kept, such as 07:00-19:00 by the head's clock; none: always"
+    )
+    idle_watts: StrictInt | None = Field(
+        None, gt=0, description="autoscaled: what an idle host burns, measured by the site; for the energy saved"
+    )
 
 
 class PowerFacts(Facts):

@@ -34,6 +34,7 @@ HEAD_GROUP = "ray_head"
 WORKER_GROUP = "ray_workers"
 MANAGED_GROUP = "managed_hosts"
 REGISTRY_GROUP = "registry"
+BUILDER_GROUP = "image_builder"
 
 T = TypeVar("T", bound=Facts)
 
@@ -64,6 +65,8 @@ class _Loader:
         pools = self._pools()
         hosts = self._hosts(pools)
         registry = self._registry(facts, hosts or {})
+        builders = self.raw.group(BUILDER_GROUP)
+        self.findings += checks.image_builder(builders, self.raw)
         stack = self._stack(facts, pools, cluster_values)
         self.findings += checks.autoscaling(pools, hosts or {}, stack, self.raw)
         apps = self._apps(facts, pools, cluster_values)
@@ -82,6 +85,7 @@ class _Loader:
             pools=pools,
             apps=tuple(app for _, app in apps),
             registry=registry,
+            image_builder=builders[0] if builders else None,
         )
         return spec, []
 

@@ -15,7 +15,9 @@ from ansible.errors import AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 
+from clusterkit.render.autoscaler import autoscaler
 from clusterkit.render.serve import serve_config
+from clusterkit.spec.checks import LOGIN_PASSWORDS
 from clusterkit.spec.files import broken_sources, encrypted, unparsable, variable_files
 from clusterkit.spec.findings import Finding, Place, blanked, merge
 from clusterkit.spec.load import load
@@ -26,6 +28,8 @@ try:  # file and line of a value: not public, so the one place that may break sa
 except ImportError:  # pragma: no cover
     Origin = VaultedValue = None
 
+# Of Ansible's own variables, what the spec reads.
+CONNECTION = ("ansible_host", "ansible_connection")
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 
 
@@ -50,7 +54,7 @@ class ActionModule(ActionBase):
             lines = "\n".join(f"  {finding}" for finding in findings)
             result.update(failed=True, msg=f"The inventory has {len(findings)} finding(s):\n{lines}")
             return result
-        cluster = {**spec.published(), "serve_config": serve_config(spec)}
+        cluster = {**spec.published(), "serve_config": serve_config(spec), "autoscaler": autoscaler(spec)}
         shown = cluster if boolean(self._task.args.get("secrets", False)) else _masked(cluster, hidden)
         # Whether a second reading, unseen, is needed at all.
         result.update(cluster=shown, blanked=shown != cluster)
@@ -79,11 +83,17 @@ class ActionModule(ActionBase):
         # A context of its own: `hostvars` inside a value (the usual head-address idiom) then resolves too.
         templar = self._templar.copy_with_new_env(available_variables={**raw, "hostvars": hostvars})
         prefixes = ("clusterkit_", *(f"{role}_" for role in options))
-        return {
+        found = {
             str(name): _value(templar, name, source)
             for name, source in raw.items()
-            if name.startswith(prefixes) or name in wanted or name == "ansible_host" or _might_be_typo(name)
+            if name.startswith(prefixes) or name in wanted or name in CONNECTION or _might_be_typo(name)
         }
+        for name, source in raw.items():
+            # Whether there is one, and no more.
+            if name in LOGIN_PASSWORDS and source is not None:
+                place = _place(name)
+                found[str(name)] = RawValue(value=True, places={(): place} if place else {})
+        return found
 
 
 def _masked(value: Any, secrets: tuple[str, ...]) -> Any:

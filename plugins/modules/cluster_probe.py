@@ -31,6 +31,16 @@ options:
       Hosts whose absence is no failure, by name, with the words that say why; an empty text excuses nothing.
     type: dict
     default: {}
+  pools:
+    description: >-
+      Pools by name, each with C(hosts), C(max) and C(pool), as the fact C(clusterkit) has them. Of one whose
+      C(pool.mode) is C(autoscaled), as many nodes have to be there as C(pool.min) and C(max) say, whichever.
+    type: dict
+    default: {}
+  node_timeout_s:
+    description: How long a node of such a pool may take to come, and one too many to go.
+    type: int
+    default: 0
   head_ip:
     description: The head's address, for the base URLs.
     type: str
@@ -304,24 +314,60 @@ def until(deadline, attempt):
         time.sleep(0.5)
 
 
-def check_nodes(checks, given, token):
-    excused = {host: why for host, why in given["excused"].items() if why}
+class Present(object):
+    """Which nodes have to be there, and which are."""
 
-    def missing():
+    def __init__(self, given):
+        self.hosts = sorted(given["nodes"])
+        self.excused = {host: why for host, why in given["excused"].items() if why}
+        scaled = {name: pool for name, pool in given["pools"].items() if pool["pool"]["mode"] == "autoscaled"}
+        self.pools = sorted(scaled.items())
+        self.scaled = {host for pool in scaled.values() for host in pool["hosts"]}
+        self.gone = []
+
+    def missing(self):
+        return [host for host in self.gone if host not in self.excused and host not in self.scaled]
+
+    def counts(self):
+        """(pool, nodes that are there, least, most). Who is kept out does not count among those that could come."""
+        for name, pool in self.pools:
+            able = [host for host in pool["hosts"] if host not in self.excused]
+            there = [host for host in pool["hosts"] if host not in self.gone]
+            yield name, len(there), min(pool["pool"]["min"], len(able)), pool["max"]
+
+    def wrong(self):
+        found = []
+        for name, there, least, most in self.counts():
+            if there < least:
+                found.append("%s has %d nodes, and at least %d are to be there" % (name, there, least))
+            elif there > most:
+                found.append("%s has %d nodes, and at most %d are to be there" % (name, there, most))
+        return found
+
+    def text(self):
+        told = ["%d of %d" % (len(self.hosts) - len(self.gone), len(self.hosts))]
+        told += ["%s: %d of %d to %d as asked for" % count for count in self.counts()]
+        return "; ".join(told + ["%s %s" % (host, self.excused[host]) for host in self.gone if host in self.excused])
+
+
+def check_nodes(checks, given, token):
+    present = Present(given)
+
+    def look():
         alive = {node["node_ip"] for node in read_nodes(given["url"], token, given["nodes"]) if node["alive"]}
-        return [host for host, address in sorted(given["nodes"].items()) if address not in alive]
+        present.gone = [host for host in present.hosts if given["nodes"][host] not in alive]
+        return not present.missing() and not present.wrong()
 
     def there():
-        gone = []
-
-        def attempt():
-            gone[:] = missing()
-            return all(host in excused for host in gone)
-
-        if not until(time.time() + given["settle_s"], attempt):
-            raise Unreachable("not in the cluster: %s" % ", ".join(host for host in gone if host not in excused))
-        count = "%d of %d" % (len(given["nodes"]) - len(gone), len(given["nodes"]))
-        return "; ".join([count] + ["%s %s" % (host, excused[host]) for host in gone])
+        began = time.time()
+        if not until(began + given["settle_s"], look) and not present.missing():
+            # Only nodes that come and go: a host of theirs may have to boot.
+            until(began + given["node_timeout_s"], look)
+        wrong = ["not in the cluster: %s" % ", ".join(present.missing())] if present.missing() else []
+        wrong += present.wrong()
+        if wrong:
+            raise Unreachable("; ".join(wrong))
+        return present.text()
 
     checks.run("nodes", there)
 
@@ -336,6 +382,10 @@ def check_app(checks, given, app, wanted):
         return "RUNNING"
 
     checks.run("%s state" % name, running)
+    if app["state"] == "RUNNING" and wanted["llm"] and not engines(app):
+        # As its min_replicas say. A question would bring hosts.
+        checks.run("%s replicas" % name, lambda: "none runs, and none is asked for: it comes with the next request")
+        return None
     addresses = sorted({item["node_ip"] for item in app["replicas"] if item["state"] == "RUNNING"})
     prefix = app["route_prefix"].rstrip("/")
     answer = None
@@ -362,9 +412,19 @@ def check_app(checks, given, app, wanted):
             answer = answer or got
             checks.run("%s stream via %s" % (name, address), stream, base, wanted["model_id"], given["timeout_s"])
         if given["probe"] == "replicas":
-            engines = [item for item in app["replicas"] if item["deployment"] != INGRESS]
-            checks.run("%s replicas" % name, every_replica, given, addresses, prefix, wanted["model_id"], engines)
+            arguments = (given, addresses, prefix, wanted["model_id"], asked_of(app))
+            checks.run("%s replicas" % name, every_replica, *arguments)
     return answer
+
+
+def engines(app):
+    return [item for item in app["replicas"] if item["deployment"] != INGRESS and item["state"] != "STOPPING"]
+
+
+def asked_of(app):
+    """The engines that have to answer: of an app that runs, one that waits for its host is only more to come."""
+    running = [item for item in engines(app) if item["state"] == "RUNNING"]
+    return running if app["state"] == "RUNNING" and running else engines(app)
 
 
 def every_replica(given, addresses, prefix, model, replicas):
@@ -416,6 +476,8 @@ def main():
             "serve_port": {"type": "int", "required": True},
             "nodes": {"type": "dict", "default": {}},
             "excused": {"type": "dict", "default": {}},
+            "pools": {"type": "dict", "default": {}},
+            "node_timeout_s": {"type": "int", "default": 0},
             "head_ip": {"type": "str", "default": "127.0.0.1"},
             "apps": {"type": "list", "elements": "dict", "default": []},
             "probe": {"type": "str", "choices": ["none", "proxies", "replicas"], "default": "proxies"},

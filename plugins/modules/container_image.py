@@ -7,7 +7,7 @@ short_description: The engine's image in a host's Docker
 description:
   - Reads which images of the engine a host has, loads an archive or pulls a reference, and lets the local name
     that Ray's launcher uses point to the right one. Older images of the kit's that nobody needs go.
-  - As a task it runs through the action plugin of the same name, which builds the image on the controller and
+  - As a task it runs through the action plugin of the same name, which builds the image (or has it built) and
     brings the archive to a host that lacks it.
 author:
   - clusterkit

@@ -9,35 +9,45 @@ from typing import Any
 
 import pytest
 
+from clusterkit.render.autoscaler import autoscaler
 from clusterkit.spec.load import load
 from clusterkit.spec.raw import RawInventory, RawValue
 
 ROOT = Path(__file__).resolve().parents[2]
-READERS = sorted([*ROOT.glob("roles/*/*/*"), *ROOT.glob("playbooks/*.yml"), ROOT / "site.yml"])
+# What lies in `files` is copied as it is.
+ROLES = [path for path in ROOT.glob("roles/*/*/*") if path.parent.name != "files"]
+READERS = sorted([*ROLES, *ROOT.glob("playbooks/*.yml"), ROOT / "site.yml"])
 
-# `clusterkit.hosts[inventory_hostname].pool` and the like, but no name of a file; an index stands for any entry.
-READ = re.compile(r"(?<![\w/.-])clusterkit((?:\.\w+|\[[^\]]+\])+)")
+# `clusterkit.hosts[inventory_hostname].pool` and the like, but no name of a file and no module that Python runs; an
+# index stands for any entry.
+READ = re.compile(r"(?<![\w/.-])(?<!-m )clusterkit((?:\.\w+|\[[^\]]+\])+)")
 # Methods of the data, not keys in it.
 METHODS = {"items", "keys", "values"}
 
 
 @pytest.fixture(scope="module")
 def fact() -> dict[str, Any]:
-    """As published for a head and a worker; beside the spec, the action adds the rendered Serve config."""
+    """As published for a head and an autoscaled worker; beside the spec, the action adds what is rendered."""
     common = {"clusterkit_name": "test", "clusterkit_stack": "cpu"}
     worker = {**common, "clusterkit_accelerator": "cpu", "ansible_host": "192.0.2.11"}
+    worker |= {"clusterkit_cpus": 1, "clusterkit_pool": {"mode": "autoscaled"}}
     raw = RawInventory(
         hosts={
             "h1": {name: RawValue(value) for name, value in {**common, "ansible_host": "192.0.2.10"}.items()},
             "w1": {name: RawValue(value) for name, value in worker.items()},
         },
-        groups={"all": ("h1", "w1"), "ray_head": ("h1",), "ray_workers": ("w1",), "cpus": ("w1",)},
+        groups={
+            **dict.fromkeys(("all", "managed_hosts"), ("h1", "w1")),
+            "ray_head": ("h1",),
+            "ray_workers": ("w1",),
+            "cpus": ("w1",),
+        },
         children={"ray_workers": ("cpus",)},
         sources=(),
     )
     spec, findings = load(raw)
     assert spec is not None, findings
-    return {**spec.published(), "serve_config": {}}
+    return {**spec.published(), "serve_config": {}, "autoscaler": autoscaler(spec)}
 
 
 def reads(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -267,6 +267,51 @@ def test_a_host_that_is_off_by_policy_may_be_missing_and_nobody_else(look: Calla
     assert look(excused=held, probe="proxies")["bad"]["nodes"] == "not in the cluster: w1"
 
 
+def scaled(least: int = 0, most: int = 2) -> Json:
+    """The pool of both workers, as the fact `clusterkit` has it."""
+    return {"gpus": {"hosts": ["w1", "w2"], "max": most, "pool": {"mode": "autoscaled", "min": least}}}
+
+
+def test_nodes_that_come_and_go_may_be_away(look: Callable[..., Json], ray: FakeRay) -> None:
+    ray.nodes[2]["state"] = "DEAD"
+    seen = look(pools=scaled(), probe="proxies")["by_name"]["nodes"]
+    assert (seen["ok"], seen["detail"]) == (True, "2 of 3; gpus: 1 of 0 to 2 as asked for")
+    ray.nodes = ray.nodes[:1]
+    assert look(pools=scaled(), probe="proxies")["by_name"]["nodes"]["ok"]
+    fixed = {"gpus": {**scaled()["gpus"], "pool": {"mode": "fixed", "min": 0}}}
+    assert look(pools=fixed, probe="proxies")["bad"]["nodes"] == "not in the cluster: w1, w2"
+    # The head is in no pool.
+    ray.nodes = []
+    assert look(pools=scaled(), probe="proxies")["bad"]["nodes"] == "not in the cluster: h1"
+
+
+def test_fewer_than_the_least_or_more_than_the_most_is_told(look: Callable[..., Json], ray: FakeRay) -> None:
+    bad = look(pools=scaled(most=1), probe="proxies")["bad"]
+    assert bad == {"nodes": "gpus has 2 nodes, and at most 1 are to be there"}
+    ray.nodes[2]["state"] = "DEAD"
+    assert look(pools=scaled(1), probe="proxies")["bad"] == {}
+    bad = look(pools=scaled(2), probe="proxies")["bad"]
+    assert bad == {"nodes": "gpus has 1 nodes, and at least 2 are to be there"}
+    # Who is kept out cannot come.
+    assert look(pools=scaled(2), excused={"w2": "in maintenance"}, probe="proxies")["bad"] == {}
+
+
+@pytest.mark.parametrize(("patience", "comes"), [(900, True), (60, False)])
+def test_a_host_that_has_to_boot_is_waited_for(
+    look: Callable[..., Json], ray: FakeRay, monkeypatch: pytest.MonkeyPatch, patience: int, comes: bool
+) -> None:
+    ray.nodes[2]["state"] = "DEAD"
+    began, read = probe.time.time(), probe.read_nodes
+
+    def later(*given: Any) -> Any:
+        if probe.time.time() - began > 600:
+            ray.nodes[2]["state"] = "ALIVE"
+        return read(*given)
+
+    monkeypatch.setattr(probe, "read_nodes", later)
+    assert look(pools=scaled(2), node_timeout_s=patience, probe="proxies")["by_name"]["nodes"]["ok"] is comes
+
+
 def test_a_node_that_died(look: Callable[..., Json], ray: FakeRay) -> None:
     ray.nodes[1]["state"] = "DEAD"
     seen = look()
@@ -301,6 +346,28 @@ def test_replicas_that_have_not_started(look: Callable[..., Json], ray: FakeRay)
     bad = look()["bad"]
     assert "DEPLOYING" in bad["tiny state"]
     assert "no replica runs" in bad["tiny replicas"]
+
+
+def test_a_replica_that_waits_for_its_host_is_only_more_to_come(look: Callable[..., Json], ray: FakeRay) -> None:
+    ray.deployments[SERVER]["replicas"][1]["state"] = "STARTING"
+    seen = look()
+    assert seen["bad"] == {}
+    assert "all 1 replicas answered" in seen["by_name"]["tiny replicas"]["detail"]
+    # Where the app does not run, it is missed.
+    ray.serve["applications"]["tiny"]["status"] = "DEPLOYING"
+    assert "no answer counted from replica-w2" in look()["bad"]["tiny replicas"]
+
+
+@pytest.mark.parametrize("last", [[], [{"state": "STOPPING"}]])
+def test_an_app_that_sleeps_is_not_woken(look: Callable[..., Json], ray: FakeRay, last: list[Json]) -> None:
+    """Its min_replicas is 0, and its ingress is there: a question would switch hosts on."""
+    (ingress, *_) = replicas = ray.deployments[SERVER]["replicas"]
+    ray.deployments["OpenAiIngress"]["replicas"] = [{**ingress, "replica_id": "ingress"}]
+    ray.deployments[SERVER]["replicas"] = [{**replicas[1], **one} for one in last]
+    seen = look()
+    assert seen["bad"] == {}
+    assert "none is asked for" in seen["by_name"]["tiny replicas"]["detail"]
+    assert not ray.asked
 
 
 def test_a_wrong_model(look: Callable[..., Json], ray: FakeRay) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import time
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 
 from clusterkit.fleet.config import HostConfig, Limits, PoolConfig, PowerConfig, Ssh
 from clusterkit.fleet.connection import Connection
-from clusterkit.fleet.explain import explain
+from clusterkit.fleet.explain import describe, explain
 from clusterkit.fleet.host import Host
-from clusterkit.fleet.policy import backoff, choose, obstacle, to_switch_off
+from clusterkit.fleet.policy import backoff, choose, obstacle, to_switch_off, to_wake, warm
 from clusterkit.fleet.power import Switches
-from clusterkit.fleet.record import HostRecord, Phase
+from clusterkit.fleet.record import RESERVE_LIMIT_S, HostRecord, Phase
 
 NOW = time.time()
+FAN = {"owner": "kim", "reason": "new fan", "since": NOW}
 LIMITS = Limits()
 IDLE: dict[str, Any] = {"state": "stopped", "reason": "stopped", "generation_on_disk": "g1"}
 WAKE = PowerConfig(kind="wol", mac="02:00:00:00:00:02")
@@ -28,22 +30,24 @@ def host(
     *,
     answer: dict[str, Any] | None = IDLE,
     power: PowerConfig = WAKE,
-    stale: str | None = None,
     idle_off_s: float | None = None,
     warm: int = 0,
+    warm_hours: str | None = None,
+    idle_watts: int | None = None,
     error: str | None = None,
     bmc: Any = None,
+    alive: bool = False,
     **record: Any,
 ) -> Host:
     """On and idle, unless said otherwise; `answer` None: it does not answer."""
-    config = HostConfig(address=name, node_ip="192.0.2.1", pool="p", power=power, stale=stale)
+    config = HostConfig(address=name, node_ip="192.0.2.1", pool="p", power=power)
     ssh = Ssh(identity="/x", known_hosts="/x", control_dir="/tmp")
-    pool = PoolConfig(max=10, idle_off_s=idle_off_s, warm=warm)
+    pool = PoolConfig(max=10, idle_off_s=idle_off_s, warm=warm, warm_hours=warm_hours, idle_watts=idle_watts)
     made = Host(name, config, pool, HostRecord(**record), Connection(name, config, ssh), SWITCHES.of(power))
     if answer is not None:
         made.view.heard(answer, 0.0)
     if answer is None or error:
-        made.view.missed(error or "No route to host")
+        made.view.missed(error or "No route to host", alive=alive)
     made.view.power = bmc
     return made
 
@@ -73,13 +77,17 @@ def test_the_order_in_which_hosts_come() -> None:
         ({"instance": "w-1"}, "its node w-1 is in Ray"),
         ({"quarantine": "did not boot", "quarantine_since": 0.0}, "in quarantine since 1970-01-01T00:00:00Z: did not"),
         ({"answer": {**IDLE, "held": "in maintenance: new fan"}}, "in maintenance: new fan"),
-        ({"answer": {**IDLE, "held": "in maintenance: x"}, "error": "off for repair"}, "in maintenance: x"),
-        ({"stale": "g1"}, "stale"),
-        ({"stale": "g1", "answer": None, "generation": "g1"}, "stale"),
+        ({"answer": None, "held": "in maintenance: x"}, "in maintenance: x"),
+        ({"answer": None, "bmc": "off", "maintenance": FAN}, "in maintenance: new fan (by kim)"),
+        ({"maintenance": FAN}, "in maintenance: new fan (by kim)"),
+        ({"stale": True}, "stale"),
+        ({"stale": True, "answer": None}, "stale"),
+        ({"reserved_by": "a deploy", "reserved_until": NOW + 60}, "kept free for a deploy until"),
         ({"not_before": NOW + 60, "failures": 2, "error": "x"}, "after 2 failures"),
         ({"answer": {"state": "degraded", "reason": "sick"}}, "its node is degraded: sick"),
         ({"answer": None, "power": PowerConfig()}, "No route to host; nothing can switch it on"),
         ({"answer": None, "bmc": "on"}, "the BMC says that it is on"),
+        ({"answer": None, "alive": True}, "its sshd does not let the daemon in"),
         ({"answer": None, "cycles": [NOW - 1] * 12}, "switched on 12 times within a day"),
     ],
 )
@@ -94,7 +102,9 @@ def test_who_does_not_come_says_why(made: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     "made",
     [
-        {"stale": "g0"},
+        {"reserved_by": "a deploy", "reserved_until": NOW - 1},
+        {"reserved_by": "a deploy", "reserved_until": NOW + 10 * RESERVE_LIMIT_S},
+        {"held": "in maintenance: x"},
         {"not_before": NOW - 1},
         {"not_before": NOW + 10 * LIMITS.backoff_max_s},
         {"answer": None, "cycles": [NOW - 90_000] * 12},
@@ -102,7 +112,7 @@ def test_who_does_not_come_says_why(made: dict[str, Any], words: str) -> None:
     ],
 )
 def test_who_comes_after_all(made: dict[str, Any]) -> None:
-    """A generation that is another, a wait that is over, and a clock that jumped."""
+    """A wait that is over, a clock that jumped, and a host that says it is held no longer."""
     assert chosen(host("a", **made)) == "a"
 
 
@@ -132,7 +142,9 @@ def test_who_is_switched_off() -> None:
         {"instance": "w-1"},
         {"phase": Phase.START},
         {"answer": {**IDLE, "held": "in maintenance: x"}},
-        {"stale": "g1"},
+        {"stale": True},
+        {"maintenance": FAN},
+        {"reserved_by": "a deploy", "reserved_until": NOW + 60},
         {"quarantine": "x"},
         {"cycles": [NOW] * 12},
         {"answer": {"state": "degraded", "reason": "x"}},
@@ -140,6 +152,52 @@ def test_who_is_switched_off() -> None:
     ]
     for changes in each:
         assert off(host("a", **{"idle_off_s": 600, "idle_since": long, **changes})) == [], changes
+
+
+def test_who_is_woken_without_a_node() -> None:
+    def woken(*hosts: Host, slots: int = 4) -> list[str]:
+        return [found.name for found in to_wake(hosts, LIMITS, slots, NOW)]
+
+    off: dict[str, Any] = {"answer": None, "bmc": "off"}
+    asked: dict[str, Any] = {**off, "reserved_by": "a deploy", "reserved_until": NOW + 60}
+    assert woken(host("a", **off), host("b", **asked)) == ["b"]
+    assert woken(host("a", **asked), host("b", **asked), host("c", **asked), slots=2) == ["a", "b"], "in turns"
+    assert woken(host("a", **asked, stale=True)) == ["a"], "to be deployed is what it waits for"
+    assert woken(host("a", reserved_by="a deploy", reserved_until=NOW + 60)) == [], "it is on"
+    for kept_off in ({"maintenance": FAN}, {"held": "in quarantine: x"}, {"quarantine": "x"}, {"cycles": [NOW] * 12}):
+        assert woken(host("a", **asked, **kept_off)) == [], kept_off
+
+    spare: dict[str, Any] = {**off, "warm": 1}
+    assert woken(host("a", **spare), host("b", **spare)) == ["a"]
+    assert woken(host("a", **spare), host("b", warm=1)) == [], "there is one"
+    assert woken(host("a", **spare), host("b", warm=1, phase=Phase.BOOT)) == [], "one is coming"
+    assert woken(host("a", **spare), host("b", warm=1, phase=Phase.BOOT, instance="b-1")) == ["a"], "for Ray, that one"
+    assert woken(host("a", **spare), host("b", warm=1, instance="b-1")) == ["a"], "that one is taken"
+    assert woken(host("a", **spare, stale=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("hours", "at", "kept"),
+    [
+        (None, "03:00", 2),
+        ("07:00-19:00", "07:00", 2),
+        ("07:00-19:00", "18:59", 2),
+        ("07:00-19:00", "19:00", 0),
+        ("07:00-19:00", "06:59", 0),
+        ("22:00-06:00", "23:00", 2),
+        ("22:00-06:00", "05:59", 2),
+        ("22:00-06:00", "12:00", 0),
+    ],
+)
+def test_spares_are_kept_within_their_hours(hours: str | None, at: str, kept: int) -> None:
+    moment = datetime.datetime.strptime(f"2026-11-20 {at}", "%Y-%m-%d %H:%M").timestamp()
+    assert warm(host("a", warm=2, warm_hours=hours).pool, moment) == kept
+
+
+def test_what_was_saved_is_said_where_the_site_knows_its_watts() -> None:
+    told = describe(host("a", answer=None, off=True, off_s=7200.0, idle_watts=1500), LIMITS, NOW)
+    assert (told["off_hours"], told["saved_kwh"]) == (2.0, 3.0)
+    assert describe(host("a", off_s=7200.0), LIMITS, NOW)["saved_kwh"] is None
 
 
 @pytest.mark.parametrize(
@@ -150,6 +208,8 @@ def test_who_is_switched_off() -> None:
         ({"answer": None, "bmc": "off"}, "off", "off, and free"),
         ({"answer": None}, "off", "taken for off: No route to host"),
         ({"answer": None, "power": PowerConfig()}, "unreachable", "nothing can switch it on"),
+        ({"answer": None, "alive": True}, "unreachable", "its sshd does not let the daemon in"),
+        ({"answer": None, "alive": True, "off": True}, "unreachable", "its sshd does not let the daemon in"),
         ({"phase": Phase.POWER_ON}, "booting", "being switched on"),
         ({"phase": Phase.BOOT}, "booting", "for at most 600 s"),
         ({"phase": Phase.START}, "starting", "its node is starting"),
@@ -165,7 +225,9 @@ def test_who_is_switched_off() -> None:
             "maintenance",
             "in maintenance: fan; its node w-1 still runs",
         ),
-        ({"stale": "g1"}, "stale", "deploy it"),
+        ({"answer": None, "held": "in quarantine: ECC", "held_as": "quarantined"}, "quarantined", "ECC"),
+        ({"answer": None, "off": True, "maintenance": FAN}, "maintenance", "new fan (by kim)"),
+        ({"stale": True}, "stale", "deploy it"),
     ],
 )
 def test_every_state_says_why(made: dict[str, Any], state: str, words: str) -> None:

@@ -23,13 +23,11 @@ import pytest
 
 from clusterkit.node_provider.client import FleetAway, FleetClient, FleetRefused
 from clusterkit.render.autoscaler import autoscaler_environment, autoscaling_config, fleet_config
-from clusterkit.spec import checks
 from tests.unit.test_spec import Vars, spec_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "roles/ray_node/files/ray-node"
 AGENT = ROOT / "roles/host_agent/files/host-agent"
-RAY = Path(sys.executable).with_name("ray")
 PATIENCE_S = 240.0
 IDLE_S = 10
 
@@ -92,7 +90,6 @@ class Cluster:
         self.gcs = f"{self.head_ip}:26379"
         self.socket = str(folder / "fleet.sock")
         self.client = FleetClient(self.socket)
-        self.head: subprocess.Popen[bytes] | None = None
         self.daemon: subprocess.Popen[bytes] | None = None
         for number, name in enumerate(workers, 1):
             self.worker(name, number)
@@ -101,9 +98,9 @@ class Cluster:
         ssh.write_text(text)
         ssh.chmod(0o755)
         # All that Ray's environment gets of the kit.
-        (folder / "provider/clusterkit").mkdir(parents=True)
-        shutil.copytree(ROOT / "clusterkit/node_provider", folder / "provider/clusterkit/node_provider")
-        shutil.copy(ROOT / "clusterkit/__init__.py", folder / "provider/clusterkit/__init__.py")
+        lib = folder / "etc/lib/clusterkit"
+        shutil.copytree(ROOT / "clusterkit/node_provider", lib / "node_provider")
+        shutil.copy(ROOT / "clusterkit/__init__.py", lib / "__init__.py")
 
     def worker(self, name: str, number: int) -> None:
         home = self.folder / name
@@ -144,42 +141,52 @@ class Cluster:
         (home / "generation").write_text("g1\n")
         (home / "address").write_text(address)
 
-    def start_head(self) -> None:
+    def write_config(self, **cpus: Any) -> None:
+        """As the role autoscaler does: at once. `cpus`: what is otherwise with the pool."""
         config = autoscaling_config(self.spec)
         config["provider"]["fleet_socket"] = self.socket
-        path = self.folder / "autoscaling.json"
-        path.write_text(json.dumps(config))
-        env = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-            **autoscaler_environment(self.spec),
-            "PYTHONPATH": str(self.folder / "provider"),
-            "RAY_CLOUD_INSTANCE_ID": f"h1-{time.time_ns() // 1_000_000}",
-            "RAY_NODE_TYPE_NAME": "head",
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
-        }
-        words = [str(RAY), "start", "--head", "--block", "--node-ip-address", self.head_ip, "--port", "26379"]
-        words += ["--num-cpus", "0", "--num-gpus", "0", "--temp-dir", str(self.folder / "t0")]
-        words += ["--autoscaling-config", str(path), "--object-store-memory", "100000000", "--disable-usage-stats"]
-        words += ["--min-worker-port", "27000", "--max-worker-port", "27400", "--dashboard-port", "26265"]
-        words += ["--ray-client-server-port", "26266"]
-        with (self.folder / "head.log").open("ab") as log:
-            self.head = subprocess.Popen(words, cwd="/", env=env, stdout=log, stderr=log, start_new_session=True)
-        until(self.answers, lambda: (self.folder / "head.log").read_text()[-3000:])
+        config["available_node_types"]["cpus"].update(cpus)
+        path = self.folder / "etc/autoscaling.yaml"
+        path.with_suffix(".new").write_text(json.dumps(config))
+        path.with_suffix(".new").rename(path)
 
-    def answers(self) -> bool:
-        assert self.head is not None
-        assert self.head.poll() is None, (self.folder / "head.log").read_text()[-3000:]
-        try:
-            socket.create_connection((self.head_ip, 26379), timeout=1).close()
-        except OSError:
-            return False
-        return True
+    def start_head(self) -> str:
+        """Its instance."""
+        home = self.folder / "h1"
+        for part in ("state", "log"):
+            (home / part).mkdir(parents=True, exist_ok=True)
+        names = ("dashboard", "client", "metrics", "agent_http", "agent_grpc", "node_manager", "object_manager")
+        ports = {port: number for number, port in enumerate((*names, "runtime_env_agent"), 26265)}
+        node = {
+            "kind": "head",
+            "runtime": "venv",
+            "venv": str(Path(sys.executable).parents[1]),
+            "node_ip": self.head_ip,
+            "head_address": self.gcs,
+            "ports": {**ports, "gcs": 26379, "worker_min": 27000, "worker_max": 27400},
+            "num_cpus": 0,
+            "object_store_gib": 0.1,
+            "temp_dir": str(self.folder / "t0"),
+            "state_dir": str(home / "state"),
+            "log_dir": str(home / "log"),
+            "node_type": "head",
+            "autoscaler": {
+                "config": str(self.folder / "etc/autoscaling.yaml"),
+                "lib": str(self.folder / "etc/lib"),
+                "environment": autoscaler_environment(self.spec),
+                "folders": [],
+            },
+            "env": {"RAY_gcs_rpc_server_reconnect_timeout_s": "15"},
+        }
+        (home / "node.json").write_text(json.dumps(node))
+        words = [sys.executable, str(LAUNCHER), "--config", str(home / "node.json"), "start"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return str(json.loads(done.stdout)["instance_id"])
 
     def kill_head(self) -> None:
         """All of it at once, before anything could say goodbye: what has this test's own folder in it."""
-        mine = (str(self.folder / "t0").encode(), str(self.folder / "provider").encode())
+        mine = (str(self.folder / "t0").encode(), str(self.folder / "h1").encode())
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 known = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
@@ -187,8 +194,6 @@ class Cluster:
                 continue
             if any(part in known for part in mine):
                 os.kill(int(path.name), signal.SIGKILL)
-        if self.head is not None:
-            self.head.wait()
 
     def start_daemon(self) -> None:
         config = fleet_config(self.spec)
@@ -244,15 +249,13 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     pytest.importorskip("ray", reason="Ray is not in this environment")
-    monkeypatch.setattr(checks, "AUTOSCALED_OFFERED", True)
     # pytest's own folders are too long for Ray's sockets.
     folder = Path(tempfile.mkdtemp(prefix="ck", dir="/tmp"))
     cluster = Cluster(folder)
     try:
         cluster.start_daemon()
-        cluster.start_head()
         yield cluster
     finally:
         cluster.end()
@@ -260,8 +263,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def test_load_brings_a_node_idleness_ends_it_and_a_new_head_is_served_at_once(cluster: Cluster) -> None:
-    assert cluster.states() == ["idle", "idle"]
-    instance, rack, group = cluster.answer(cluster.task())
+    # No node may come; a running head reads what is written later, and needs no other start.
+    cluster.write_config(max_workers=0)
+    first = cluster.start_head()
+    until(lambda: "Using Autoscaling Config" in cluster.monitor(), lambda: cluster.monitor())
+    task = cluster.task()
+    cluster.write_config()
+    instance, rack, group = cluster.answer(task)
     assert (rack, group) == ("a1", "cpus")
     assert [node["id"] for node in cluster.client.nodes()] == [instance]
 
@@ -280,7 +288,7 @@ def test_load_brings_a_node_idleness_ends_it_and_a_new_head_is_served_at_once(cl
     busy.wait()
     # It leaves by itself; and here, where all live on one machine, Ray starts no head before.
     until(lambda: cluster.client.nodes() == [], lambda: json.dumps(cluster.client.status(), indent=1))
-    cluster.start_head()
+    assert cluster.start_head() != first, "Ray takes no id twice"
     began = time.monotonic()
     instance, _, _ = cluster.answer(cluster.task())
     assert instance != old

@@ -449,25 +449,43 @@ def test_the_fleet_may_say_nothing_else(host: Host, asked: str | None) -> None:
     assert not (host.folder / "calls").exists(), "the launcher was not even asked"
 
 
+@pytest.mark.parametrize("asked", ["release", "hold --owner kim --reason x", "remote", "remote-root", "start a;id", ""])
+def test_root_checks_the_word_again(host: Host, asked: str) -> None:
+    """Whoever has become the fleet's user may run `remote-root` by sudo, with any stdin."""
+    code, answer = host.call("remote-root", given=f"{asked}\n{found(finding())}")
+    assert (code, answer["failed"]) == (2, True)
+    assert not (host.folder / "calls").exists()
+    assert not host.record.exists()
+    assert host.call("remote-root", given="status\n")[1]["state"] == "stopped"
+    assert host.call("remote-root", "status")[0] == 2, "no word from its arguments"
+
+
 SUDO = """#!/bin/sh
 printf "%s\\n" "$*" > FOLDER/sudo
+cat > FOLDER/stdin
 """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 @pytest.mark.skipif(not os.access(SYSTEM_PYTHON, os.X_OK), reason="needs an interpreter that everybody may run")
-def test_the_fleet_s_user_asks_root_for_exactly_that_word(open_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "stdin", "passed"),
+    [("start w-1", "more", "start w-1\n"), ("quarantine", found(finding()), f"quarantine\n{found(finding())}")],
+)
+def test_the_fleet_s_user_asks_root_by_one_command(open_folder: Path, asked: str, stdin: str, passed: str) -> None:
     os.chmod(open_folder, 0o777)
     program, agent = open_folder / "sudo-here", open_folder / "host-agent"
     program.mkdir()
     (program / "sudo").write_text(SUDO.replace("FOLDER", str(open_folder)))
     (program / "sudo").chmod(0o755)
     agent.write_text(AGENT.read_text())
-    env = {"PATH": f"{program}:/usr/bin:/bin", "SSH_ORIGINAL_COMMAND": "start w-1"}
-    done = subprocess.run([SYSTEM_PYTHON, str(agent), "remote"], env=env, user=NOBODY, check=False)
+    env = {"PATH": f"{program}:/usr/bin:/bin", "SSH_ORIGINAL_COMMAND": asked}
+    words = [SYSTEM_PYTHON, str(agent), "remote"]
+    done = subprocess.run(words, env=env, user=NOBODY, input=stdin, text=True, check=False)
     assert done.returncode == 0
     said = (open_folder / "sudo").read_text()
-    assert said == f"-n {agent} --config /etc/clusterkit/host-agent.json start w-1\n"
+    assert said == f"-n {agent} --config /etc/clusterkit/host-agent.json remote-root\n"
+    assert (open_folder / "stdin").read_text() == passed
 
 
 @pytest.fixture

@@ -93,17 +93,38 @@ SITES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# What Docker's builder before BuildKit does not know (Docker's Dockerfile reference, "Requires BuildKit").
+BUILDKIT_ONLY = ("--mount", "--network", "--security", "--link", "--chmod", "--parents", "--exclude", "<<", "# syntax=")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["BuildKit", "plain"])
 @pytest.mark.parametrize("site", SITES)
-def test_every_row_renders_as_its_golden_file(site: str) -> None:
+def test_every_row_renders_as_its_golden_file(site: str, plain: bool) -> None:
     stack, choices = SITES[site]
     if stack != "cpu":
         choices = {"clusterkit_image_ref": COMMIT, **choices}
     made = images.planned(recipe(stack, **choices), Wish(()), "x86_64", store=Path("/nonexistent"))
-    golden = GOLDEN / f"image-{site}.Dockerfile"
+    golden = GOLDEN / f"image-{site}{'-plain' if plain else ''}.Dockerfile"
+    text = made.dockerfile(plain=plain)
     if os.environ.get("CLUSTERKIT_GOLDEN"):
         golden.parent.mkdir(exist_ok=True)
-        golden.write_text(made.dockerfile(), encoding="utf-8")
-    assert made.dockerfile() == golden.read_text(encoding="utf-8")
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+    used = [word for word in BUILDKIT_ONLY if word in text]
+    assert used == ([] if plain else ["--mount"])
+
+
+@pytest.mark.parametrize("site", [site for site in SITES if site != "cpu"])
+def test_a_plain_build_installs_the_same_in_the_same_order(site: str) -> None:
+    stack, choices = SITES[site]
+    made = plan(stack, **choices)
+    with_buildkit, plain = (
+        [line.rstrip(" \\") for line in made.dockerfile(plain=plain).splitlines() if "pip install" in line]
+        for plain in (False, True)
+    )
+    assert plain == with_buildkit
+    left = made.dockerfile(plain=True).partition(" AS engine")[2]
+    assert "rm -r /dist /kit /requirements" in left, "what is copied into a plain build has to go again"
 
 
 def test_every_row_of_the_table_has_a_recipe() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from clusterkit import images
+from clusterkit import image_plan, images
 from clusterkit.errors import ToolMissing
 from clusterkit.wheels import Target, Wish
 
@@ -40,8 +41,17 @@ def test_a_change_of_the_recipe_is_another_image(tmp_path: Path, monkeypatch: py
     before = PLAN.inputs
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "Dockerfile.j2").write_text(PLAN.dockerfile() + "RUN true\n")
-    monkeypatch.setattr(images, "RECIPES", tmp_path)
+    monkeypatch.setattr(image_plan, "RECIPES", tmp_path)
     assert PLAN.inputs != before
+
+
+def test_how_it_is_built_names_no_other_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(image_plan.RECIPES, tmp_path / "vllm")
+    before, recipe = PLAN.inputs, tmp_path / "vllm" / "cpu" / "Dockerfile.j2"
+    recipe.write_text(recipe.read_text().replace("COPY wheels /wheels", "COPY wheels /wheels\n# without BuildKit"))
+    monkeypatch.setattr(image_plan, "RECIPES", tmp_path / "vllm")
+    assert "# without BuildKit" in PLAN.dockerfile(plain=True)
+    assert PLAN.inputs == before
 
 
 def client(folder: Path, version: str, buildx: int) -> str:
@@ -54,24 +64,42 @@ def client(folder: Path, version: str, buildx: int) -> str:
 
 
 def test_the_client_that_has_buildkit_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = client(tmp_path / "a", "28.2.2", 1)
-    with_plugin = client(tmp_path / "b", "28.2.2", 0)
-    builtin = client(tmp_path / "c", "20.10.24", 1)
-    for order, chosen in (([without, builtin], builtin), ([without, with_plugin, builtin], with_plugin)):
+    without = client(tmp_path / "a", "28.2.2 1.41", 1)
+    with_plugin = client(tmp_path / "b", "28.2.2 1.41", 0)
+    builtin = client(tmp_path / "c", "20.10.24 1.41", 1)
+    monkeypatch.setattr(images, "LAST_RESORT", str(tmp_path))
+    for order, chosen in (
+        ([without, builtin], builtin),
+        ([without, with_plugin, builtin], with_plugin),
+        # Without it, there is still Docker's own builder.
+        ([without], without),
+    ):
         monkeypatch.setenv("PATH", ":".join(str(Path(path).parent) for path in order))
         images.builder.cache_clear()
         assert images.builder() == chosen
     images.builder.cache_clear()
 
 
-def test_no_client_with_buildkit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client(tmp_path / "a", "28.2.2", 1)
-    monkeypatch.setenv("PATH", str(tmp_path / "a"))
+@pytest.mark.parametrize(
+    ("answer", "buildx", "known"),
+    [("28.2.2 1.50", 0, True), ("28.2.2 1.50", 1, False), ("20.10.24 1.41", 1, True), ("20.10.24 1.38", 1, False)],
+)
+def test_client_and_daemon_both_have_to_know_buildkit(answer: str, buildx: int, known: bool, tmp_path: Path) -> None:
+    assert images.knows_buildkit(client(tmp_path / "a", answer, buildx)) is known
+
+
+def test_no_daemon_behind_any_client_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "LAST_RESORT", str(tmp_path))
-    images.builder.cache_clear()
-    with pytest.raises(ToolMissing) as caught:
-        images.builder()
-    assert "the plugin buildx is missing" in (caught.value.hint or "")
+    for folder, words in (("a", "Cannot connect"), ("none", "there is no docker client on this machine")):
+        if folder == "a":
+            Path(client(tmp_path / "a", "", 1)).write_text(
+                "#!/bin/sh\necho Cannot connect to the Docker daemon >&2\nexit 1\n"
+            )
+        monkeypatch.setenv("PATH", str(tmp_path / folder))
+        images.builder.cache_clear()
+        with pytest.raises(ToolMissing) as caught:
+            images.builder()
+        assert words in (caught.value.hint or "")
     images.builder.cache_clear()
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tarfile
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,11 @@ def shell(tmp_path: Path) -> Iterator[tuple[str, str]]:
             tar.add(Path(library).resolve(), library.lstrip("/"))
     subprocess.run([docker, "import", str(tmp_path / "root.tar"), f"{name}:base"], capture_output=True, check=True)
     yield docker, name
-    listed = subprocess.run([docker, "image", "ls", "--quiet", name], capture_output=True, text=True, check=True)
-    subprocess.run([docker, "image", "rm", "--force", *set(listed.stdout.split())], capture_output=True, check=False)
+    words = [docker, "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", name]
+    tags = set(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    # The base last: what plain builds have left of their steps, without a name, goes with what stands on it.
+    for tag in sorted(tags, key=lambda tag: tag.endswith(":base")):
+        subprocess.run([docker, "image", "rm", "--force", tag], capture_output=True, check=False)
 
 
 def context(folder: Path, name: str, *steps: str) -> Path:
@@ -50,11 +54,26 @@ def identity(docker: str, tag: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_failed_build_names_the_step_and_leaves_the_last_good_image(shell: tuple[str, str], tmp_path: Path) -> None:
+ways = pytest.mark.parametrize("plain", [False, True], ids=["BuildKit", "plain"])
+
+
+@pytest.fixture(autouse=True)
+def _with_buildkit(request: pytest.FixtureRequest) -> None:
+    plain = getattr(request.node, "callspec", None) and request.node.callspec.params.get("plain")
+    if "shell" in request.fixturenames and not plain:
+        docker, _ = request.getfixturevalue("shell")
+        if not images.knows_buildkit(docker):
+            pytest.skip(f"{docker} has no BuildKit")
+
+
+@ways
+def test_a_failed_build_names_the_step_and_leaves_the_last_good_image(
+    shell: tuple[str, str], tmp_path: Path, plain: bool
+) -> None:
     docker, name = shell
     log, lines = tmp_path / "build.log", list[str]()
     good = context(tmp_path / "one", name, "RUN echo fine > /said")
-    images.build(docker, f"{name}:1", good, log=log, labels={"note": "a b"}, on_line=lines.append)
+    images.build(docker, f"{name}:1", good, log=log, labels={"note": "a b"}, plain=plain, on_line=lines.append)
     assert any("echo fine" in line for line in lines), "no live log"
     before = identity(docker, f"{name}:1")
     assert images.inspect(f"{name}:1")["labels"] == {"note": "a b"}
@@ -62,7 +81,7 @@ def test_a_failed_build_names_the_step_and_leaves_the_last_good_image(shell: tup
     many = "for n in 1 2 3 4 5 6 7 8 9; do echo line $n; echo more $n; echo rest $n; done; echo gone wrong; exit 3"
     bad = context(tmp_path / "two", name, "RUN echo fine > /said", f"RUN {many}")
     with pytest.raises(ClusterkitError) as caught:
-        images.build(docker, f"{name}:1", bad, log=log)
+        images.build(docker, f"{name}:1", bad, log=log, plain=plain)
     first, *rest = caught.value.message.splitlines()
     assert "failed in the step [3/3] RUN for n in" in first
     assert rest[-1].endswith("gone wrong")
@@ -72,24 +91,33 @@ def test_a_failed_build_names_the_step_and_leaves_the_last_good_image(shell: tup
     assert "line 1" in log.read_text()
     assert identity(docker, f"{name}:1") == before
 
+    left = [docker, "ps", "--all", "--quiet", "--filter", f"ancestor={name}:1"]
+    assert subprocess.run(left, capture_output=True, text=True, check=True).stdout == "", "a container of a failed step"
+
     # What was finished is not done again.
     lines.clear()
-    images.build(docker, f"{name}:2", context(tmp_path / "two", name, "RUN echo fine > /said", "RUN true"), log=log)
-    assert "CACHED" in log.read_text()
+    mended = context(tmp_path / "two", name, "RUN echo fine > /said", "RUN true")
+    images.build(docker, f"{name}:2", mended, log=log, plain=plain)
+    assert ("Using cache" if plain else "CACHED") in log.read_text()
 
 
-def test_an_image_that_does_not_hold_what_it_should_gets_no_name(shell: tuple[str, str], tmp_path: Path) -> None:
+@ways
+def test_an_image_that_does_not_hold_what_it_should_gets_no_name(
+    shell: tuple[str, str], tmp_path: Path, plain: bool
+) -> None:
     """This one has no Python at all. Without the test inside, it gets its name."""
     docker, name = shell
-    folder = context(tmp_path / "one", name, f"LABEL run-of={name}", "RUN echo fine > /said")
+    log = tmp_path / "log"
+    folder = context(tmp_path / "one", name, "RUN echo fine > /said", f"LABEL run-of={name}")
     with pytest.raises(ClusterkitError, match="does not hold what it should"):
-        images.build(docker, f"{name}:1", folder, log=tmp_path / "log", expected={"ray": "2.60.0"})
+        images.build(docker, f"{name}:1", folder, log=log, plain=plain, expected={"ray": "2.60.0"})
     assert identity(docker, f"{name}:1") == ""
     words = [docker, "image", "ls", "--all", "--quiet", "--filter", f"label=run-of={name}"]
     left = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert left == "", "without a name it only takes room"
-    images.build(docker, f"{name}:1", folder, log=tmp_path / "log")
+    images.build(docker, f"{name}:1", folder, log=log, plain=plain)
     assert identity(docker, f"{name}:1") != ""
+    assert ("Using cache" if plain else "CACHED") in log.read_text(), "its steps are done again"
 
 
 def test_a_given_image_is_tried_too(shell: tuple[str, str]) -> None:
@@ -135,6 +163,30 @@ RECORDED = """\
 executor failed running [/bin/sh -c ninja]: exit code: 1""".splitlines()
 
 
+# From a build with Docker 20.10.24 and DOCKER_BUILDKIT=0, the second time.
+RECORDED_PLAIN = """\
+Sending build context to Docker daemon  2.048kB
+Step 1/3 : FROM clusterkit-lab-host:75ed5f6abd0e
+ ---> 15f6dc40f432
+Step 2/3 : RUN echo fine > /said
+ ---> Using cache
+ ---> cebbf2d2a253
+Step 3/3 : RUN echo half; exit 3
+ ---> Running in a3ceef52eda2
+half
+Removing intermediate container a3ceef52eda2
+The command '/bin/sh -c echo half; exit 3' returned a non-zero code: 3""".splitlines()
+
+
+def test_the_failed_step_of_a_plain_build_is_read_from_its_log() -> None:
+    assert image_plan.failed_step(RECORDED_PLAIN) == (
+        "[3/3] RUN echo half; exit 3",
+        ["half"],
+    )
+    silent = [line for line in RECORDED_PLAIN if line != "half"]
+    assert image_plan.failed_step(silent)[1][-1].endswith("returned a non-zero code: 3")
+
+
 def test_the_failed_step_is_read_from_the_log() -> None:
     assert image_plan.failed_step(RECORDED) == (
         "[build 1/2] RUN ninja",
@@ -161,3 +213,115 @@ def test_a_test_inside_that_hangs_is_ended(
         images.build(docker, f"{name}:1", folder, log=tmp_path / "log", expected={})
     words = [docker, "ps", "--all", "--quiet", "--filter", f"ancestor={name}:base"]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == ""
+
+
+# --------------------------------------------------------------------------- without BuildKit
+
+STAND_INS = {"ray": "2.60.0", "torch": "2.13.0", "vllm": "0.29.0"}
+
+
+def stand_in(folder: Path, name: str, version: str) -> None:
+    """A wheel with as much in it as an import needs."""
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"__version__ = {version!r}\n")
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{about}/RECORD", "")
+
+
+def pip_wheel(folder: Path) -> str:
+    """The pip that this environment has, as a wheel again; its version."""
+    import pip
+
+    version, home = pip.__version__, Path(pip.__file__).parent.parent
+    with zipfile.ZipFile(folder / f"pip-{version}-py3-none-any.whl", "w") as wheel:
+        for path in [*(home / "pip").rglob("*.py"), *(home / "pip").rglob("*.pem")]:
+            wheel.write(path, path.relative_to(home))
+        for name in ("METADATA", "WHEEL"):
+            wheel.write(home / f"pip-{version}.dist-info" / name, f"pip-{version}.dist-info/{name}")
+        wheel.writestr(f"pip-{version}.dist-info/RECORD", "")
+    return version
+
+
+def listing(docker: str, image: str) -> set[str]:
+    """Every file of the engine's environment in an image."""
+    words = [
+        docker,
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--entrypoint",
+        "find",
+        image,
+        "/opt/engine",
+        "!",
+        "-type",
+        "d",
+    ]
+    return set(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_recipe_cpu_makes_the_same_image_either_way(tmp_path: Path) -> None:
+    """The whole recipe, on the base of a lab's host and with stand-ins for the wheels."""
+    try:
+        docker = images.builder()
+    except ToolMissing as error:
+        pytest.skip(f"{error.message}: {error.hint}")
+    listed = [docker, "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", "clusterkit-lab-host"]
+    base = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+    if not base or not images.knows_buildkit(docker):
+        pytest.skip("there is no lab's host image here, or no BuildKit to compare with")
+    folder = tmp_path / "context"
+    house = folder / "wheels"
+    house.mkdir(parents=True)
+    pins = [f"pip=={pip_wheel(house)}"]
+    for name, version in STAND_INS.items():
+        stand_in(house, name, version)
+        pins.append(f"{name}=={version}")
+    (house / "pins.txt").write_text("\n".join(pins) + "\n")
+    found = {}
+    tags = {plain: f"clusterkit-test/cpu:{uuid.uuid4().hex[:8]}" for plain in (False, True)}
+    try:
+        for plain, tag in tags.items():
+            (folder / "Dockerfile").write_text(image_plan.rendered("cpu", plain=plain))
+            words = {"BASE": base[0], "INPUTS": "one"}
+            images.build(docker, tag, folder, log=tmp_path / f"{plain}.log", arguments=words, plain=plain)
+            found[plain] = listing(docker, tag)
+            assert images.inspect(tag)["labels"]["clusterkit.inputs"] == "one"
+        assert found[True] == found[False]
+        assert "/opt/engine/lib/python3.11/site-packages/vllm.py" in found[True]
+        # The wheels are in a stage that is left behind.
+        subprocess.run([docker, "save", "--output", str(tmp_path / "plain.tar"), tags[True]], check=True)
+        with tarfile.open(tmp_path / "plain.tar") as tar:
+            for member in (one for one in tar.getmembers() if one.name.endswith("layer.tar")):
+                with tarfile.open(fileobj=tar.extractfile(member)) as layer:
+                    assert not [name for name in layer.getnames() if name.startswith("wheels")]
+    finally:
+        subprocess.run([docker, "image", "rm", *tags.values()], capture_output=True, check=False)
+
+
+def test_a_login_of_the_index_is_kept_out_of_a_plain_build() -> None:
+    """It would be in a layer; BuildKit's secrets are in none."""
+    for index in ("https://me:hush-hush@mirror.example/simple", "https://mirror.example/simple?token=hush-hush"):
+        with pytest.raises(ClusterkitError) as caught:
+            images._without_secrets(images.Site(index_url=index))
+        assert "hush-hush" not in f"{caught.value.message} {caught.value.hint}"
+    images._without_secrets(images.Site(index_url="https://mirror.example/simple"))
+
+
+def test_an_output_that_nobody_reads_ends_the_build(shell: tuple[str, str], tmp_path: Path) -> None:
+    docker, name = shell
+
+    def broken(_line: str) -> None:
+        raise BrokenPipeError
+
+    # It says more than a pipe holds, and would wait for ever to be read.
+    loud = "while :; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; done"
+    with pytest.raises(BrokenPipeError):
+        images.build(
+            docker, f"{name}:1", context(tmp_path / "one", name, f"RUN {loud}"), log=tmp_path / "log", on_line=broken
+        )

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.unit.registry_server import Registry, digest
+from tests.unit.test_registry_push import layer, saved
+
 ROOT = Path(__file__).resolve().parents[2]
 DIGEST = f"sha256:{'5' * 64}"
 BASE = f"clusterkit_image_base=rocm/dev-ubuntu-22.04:7.2.3-complete@{DIGEST}"
@@ -93,6 +96,59 @@ def test_a_pull_through_cache_is_not_pushed_to(repository: Path, tmp_path: Path)
     # The one behind it may well be pushed to.
     allowed = image(tmp_path, "push", *words, "-e", "clusterkit_image_registry=registry.example")
     assert (allowed.returncode, "is not built" in allowed.stderr) == (2, True)
+
+
+def test_what_is_built_is_pushed_to_the_clusters_registry_and_again_nothing(repository: Path, tmp_path: Path) -> None:
+    """The registry is the constructed one; Debian's is asked in test_images_push.py."""
+    server = Registry()
+    try:
+        folder = tmp_path / "inventory"
+        shutil.copytree(ROOT / "inventory" / "mi300x", folder)
+        reg = {
+            "ansible_host": "127.0.0.1",
+            "registry_port": int(server.address.rpartition(":")[2]),
+            "registry_tls": False,
+        }
+        groups = {name: {"hosts": {"reg": reg}} for name in ("registry", "managed_hosts")}
+        (folder / "registry.yml").write_text(json.dumps({"all": {"children": groups}}))
+        words = ("-i", str(folder), "-e", f"clusterkit_image_source={repository}", "-e", BASE, "--json")
+        tag = json.loads(image(tmp_path, "plan", *words).stdout)["image"]
+        archive = tmp_path / "cache" / "clusterkit" / "images" / f"{tag.rpartition(':')[2]}.tar"
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        saved(archive, [layer(1), layer(2)])
+        for sent in (2, 0):
+            done = image(tmp_path, "push", *words)
+            assert done.returncode == 0, done.stderr
+            told = json.loads(done.stdout)
+            assert (told["layers"], told["sent_layers"]) == (2, sent)
+            assert told["image"].rpartition("@")[2] == digest(server.manifests[tag.rpartition(":")[2]])
+    finally:
+        server.close()
+
+
+def test_a_builder_with_a_password_is_refused_and_the_password_not_shown(repository: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "inventory"
+    shutil.copytree(ROOT / "inventory" / "mi300x", folder)
+    builder = {"ansible_host": "192.0.2.9", "ansible_password": "hush-hush"}
+    (folder / "builder.yml").write_text(
+        json.dumps({"all": {"children": {"image_builder": {"hosts": {"b1": builder}}}}})
+    )
+    done = image(tmp_path, "plan", "-i", str(folder), "-e", f"clusterkit_image_source={repository}", "-e", BASE)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0
+    assert "logs in by key and takes no password" in said
+    assert "ansible_ssh_private_key_file" in said
+    logs = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
+    assert logs
+    assert not [path for path in logs if "hush-hush" in path.read_text(errors="replace")]
+
+
+def test_a_plain_plan_asks_for_no_buildkit(repository: Path, tmp_path: Path) -> None:
+    words = ("-e", f"clusterkit_image_source={repository}", "-e", BASE, "--json")
+    plain = json.loads(image(tmp_path, "plan", *words, "--plain").stdout)
+    assert "--mount" not in plain["dockerfile"]
+    assert (plain["buildkit"], plain["builder"]) == (False, None)
+    assert plain["image"] == json.loads(image(tmp_path, "plan", *words).stdout)["image"]
 
 
 def test_an_inventory_that_does_not_validate_is_told_first(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"clusterkit.errors"}),
     # On the head host, without the rest of the kit: what they may need from outside stands in ALONE.
     frozenset({"clusterkit.fleet", "clusterkit.node_provider"}),
-    frozenset({"clusterkit.workspace", "clusterkit.debian", "clusterkit.transfer", "clusterkit.registry"}),
+    frozenset({f"clusterkit.{name}" for name in ("workspace", "debian", "transfer", "tunnel", "registry")}),
     frozenset({"clusterkit.spec"}),
     frozenset({"clusterkit.render", "clusterkit.wheels", "clusterkit.stacks", "clusterkit.image_plan"}),
     frozenset({"clusterkit.inventory_file", "clusterkit.images"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import json
 import os
@@ -196,6 +197,50 @@ def test_instance_file(tmp_path: Path) -> None:
     assert ray_node.read_instance(node) == {"RAY_CLOUD_INSTANCE_ID": "h-17", "RAY_NODE_TYPE_NAME": "other"}
 
 
+AUTOSCALER = {
+    "config": "/etc/x/autoscaler/autoscaling.yaml",
+    "lib": "/etc/x/autoscaler/lib",
+    "environment": {"RAY_enable_autoscaler_v2": "1"},
+    "folders": ["/etc/x/autoscaler", "/run/x/fleet"],
+}
+
+
+def test_a_head_scales_with_its_provider_before_the_sites_own_code() -> None:
+    site = {"PYTHONPATH": "/srv/policies", "RAY_enable_autoscaler_v2": "0"}
+    assert pairs(ray_node.ray_argv(config(autoscaler=AUTOSCALER)))["--autoscaling-config"] == AUTOSCALER["config"]
+    env = environment(autoscaler=AUTOSCALER, env=site)
+    assert env["PYTHONPATH"] == "/etc/x/autoscaler/lib:/srv/policies"
+    assert env["RAY_enable_autoscaler_v2"] == "1", "the provider is none for v1"
+    assert environment(autoscaler=AUTOSCALER)["PYTHONPATH"] == "/etc/x/autoscaler/lib"
+    assert "--autoscaling-config" not in ray_node.ray_argv(config())
+    assert "PYTHONPATH" not in environment()
+
+
+def instance_of(node: dict[str, Any]) -> str:
+    """As a start notes it."""
+    return str(ray_node.begin_record(node)["instance_id"])
+
+
+def test_a_head_is_another_instance_with_every_start(tmp_path: Path) -> None:
+    """Systemd starts it again with the file that its agent wrote for the first start; Ray takes no id twice."""
+    head, named = config(state_dir=str(tmp_path)), tmp_path / "instance.env"
+    seen = [instance_of(head)]
+    named.write_text("RAY_CLOUD_INSTANCE_ID=h-1\n")
+    seen += [instance_of(head) for _ in range(3)]
+    assert seen[1] == "h-1", "as its agent says"
+    named.write_text("RAY_CLOUD_INSTANCE_ID=h-2\n")
+    seen += [instance_of(head), instance_of(head)]
+    assert seen[4] == "h-2"
+    assert len(set(seen)) == len(seen)
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", name) for name in seen)
+
+
+def test_a_worker_is_what_it_was_named(tmp_path: Path) -> None:
+    worker = config(kind="worker", state_dir=str(tmp_path))
+    (tmp_path / "instance.env").write_text("RAY_CLOUD_INSTANCE_ID=w-1\n")
+    assert [instance_of(worker), instance_of(worker)] == ["w-1", "w-1"]
+
+
 # --------------------------------------------------------------------------- what is refused
 
 
@@ -214,6 +259,9 @@ def test_instance_file(tmp_path: Path) -> None:
         ({"ports": {**PORTS, "metrics": 10500}}, "lies among the worker ports"),
         ({"ports": {**PORTS, "metrics": "8090"}}, "must be a port number"),
         ({"ports": {**PORTS, "worker_max": None}}, "given together"),
+        ({"autoscaler": AUTOSCALER, "kind": "worker"}, "only a head has one"),
+        ({"autoscaler": {"config": "/etc/x"}}, "must have config, lib, environment, folders, and nothing else"),
+        ({"autoscaler": {**AUTOSCALER, "lib": "lib"}}, "'lib' must be an absolute path"),
         ({"ports": {name: port for name, port in PORTS.items() if name != "gcs"}}, "ports.gcs is missing"),
     ],
 )
@@ -461,6 +509,55 @@ def test_status_does_not_trust_an_old_record(tmp_path: Path) -> None:
     assert (answer["state"], answer["pid"], answer["generation"]) == ("stopped", None, None)
 
 
+@contextlib.contextmanager
+def program(name: str, folder: str) -> Iterator[None]:
+    """A process of the node's that calls itself so."""
+    environment = {"PATH": os.environ["PATH"], ray_node.MARKER: folder}
+    process = subprocess.Popen(
+        [f"/opt/{name}", "-c", SLEEP], executable=sys.executable, env=environment, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("supervised", "record", "left", "state", "raylet"),
+    [
+        (True, {"phase": "up"}, "raylet", "degraded", "running"),
+        (True, {"phase": "up"}, "gcs_server", "degraded", "gone"),
+        (True, {"phase": "up", "drained": "2026-01-01T00:00:00Z"}, "gcs_server", "degraded", "gone"),
+        # It may come at any moment.
+        (True, {"phase": "starting"}, "gcs_server", "degraded", "starting"),
+        (False, {"phase": "starting"}, "gcs_server", "degraded", "starting"),
+        # The supervisor was killed, and the node may serve on.
+        (False, {"phase": "up"}, "raylet", "degraded", "running"),
+        (False, {"phase": "up"}, "gcs_server", "degraded", "gone"),
+        (False, {"phase": "ended"}, None, "stopped", "none"),
+    ],
+)
+def test_status_says_whether_the_raylet_is_certainly_gone(
+    folder: str, supervised: bool, record: dict[str, Any], left: str | None, state: str, raylet: str
+) -> None:
+    node = config(kind="worker", node_ip="127.0.0.1", temp_dir=folder, state_dir=folder)
+    ray_node.write_record(node, {**record_of(os.getpid()), "boot": ray_node.boot_id() if supervised else "", **record})
+    with program(left, folder) if left else contextlib.nullcontext():
+        answer = ray_node.inspect(node)
+    assert (answer["state"], answer["raylet"]) == (state, raylet)
+
+
+def test_a_raylet_that_answers_is_not_looked_for(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = config(kind="worker", node_ip="127.0.0.1", temp_dir=folder, state_dir=folder)
+    ray_node.write_record(node, {**record_of(os.getpid()), "boot": ray_node.boot_id(), "phase": "up"})
+    monkeypatch.setattr(ray_node, "ask", lambda _url: "success")
+    answer = ray_node.inspect(node)
+    assert (answer["state"], answer["raylet"], answer["reason"]) == ("running", "running", None)
+
+
 def test_start_tells_what_is_missing(tmp_path: Path, folder: str) -> None:
     code, answer = call(tmp_path, "start", temp_dir=folder)
     assert (code, answer["changed"], answer["failed"]) == (1, False, True)
@@ -471,6 +568,9 @@ def test_start_tells_what_is_missing(tmp_path: Path, folder: str) -> None:
     ray.touch()
     code, answer = call(tmp_path, "start", temp_dir=folder, token_file=str(tmp_path / "none"))
     assert (code, "cannot read the token" in answer["reason"]) == (1, True)
+
+    code, answer = call(tmp_path, "start", temp_dir=folder, autoscaler=AUTOSCALER)
+    assert (code, answer["reason"]) == (1, f"there is no {AUTOSCALER['config']}: the role autoscaler writes it")
 
     token = tmp_path / "token"
     token.write_text("secret")

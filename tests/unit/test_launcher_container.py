@@ -91,6 +91,28 @@ def test_only_rays_own_folders_can_be_written() -> None:
     assert "type=bind,source=/etc/node/token,target=/etc/node/token,readonly" in mounts
 
 
+def test_a_head_that_scales_sees_folders_that_others_write(tmp_path: Path) -> None:
+    """A file that is replaced, and a socket that is made anew, would be the old ones in the container for ever."""
+    etc, run = tmp_path / "etc", tmp_path / "run/fleet"
+    scales = {"config": f"{etc}/a.yaml", "lib": f"{etc}/lib", "environment": {}, "folders": [str(etc), str(run)]}
+    mounts = values(run_argv(autoscaler=scales), "--mount")
+    for folder in (etc, run):
+        assert f"type=bind,source={folder},target={folder},readonly" in mounts
+    node = config(autoscaler=scales)
+    with pytest.raises(ray_node.Problem, match=r"a\.yaml: the role autoscaler writes it"):
+        ray_node.prepare_autoscaler(node)
+    (etc / "lib").mkdir(parents=True)
+    (etc / "a.yaml").touch()
+    ray_node.prepare_autoscaler(node)
+    assert stat.S_IMODE(run.stat().st_mode) == 0o755, "Docker mounts no folder that is missing, and Ray has to enter it"
+
+
+def test_the_images_own_python_path_stays_behind_the_providers() -> None:
+    image = {"PYTHONPATH": "/app/aiter", "PATH": "/bin"}
+    assert ray_node.with_path_of_image({"PYTHONPATH": "/lib"}, image)["PYTHONPATH"] == "/lib:/app/aiter"
+    assert ray_node.with_path_of_image({"PYTHONPATH": "/lib"}, {"PATH": "/bin"})["PYTHONPATH"] == "/lib"
+
+
 def test_what_is_secret_goes_by_a_file_of_its_own(tmp_path: Path) -> None:
     secrets = tmp_path / "environment.json"
     secrets.write_text(json.dumps({"HF_TOKEN": "hf_secret"}))

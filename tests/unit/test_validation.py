@@ -596,6 +596,23 @@ def test_an_ini_inventory_is_valid(run: Run) -> None:
     }
 
 
+def test_an_autoscaled_cluster_is_published_with_all_that_its_roles_need(run: Run, tmp_path: Path) -> None:
+    text = (ROOT / "tests/inventories/ini/hosts").read_text()
+    scaled = text.replace("clusterkit_gpus=8", "clusterkit_gpus=8\nclusterkit_cpus=96")
+    write(tmp_path, {"hosts": scaled.replace('"mode": "fixed"', '"mode": "autoscaled"')})
+    said = run(*VALIDATE, "-i", str(tmp_path / "hosts"))
+    assert said.code == 0, said.text
+    cluster = said.data["cluster"]
+    assert [cluster["hosts"][name]["autoscaled"] for name in ("h1", "w1", "w2")] == [False, True, True]
+    made = cluster["autoscaler"]
+    assert set(made) == {"config", "environment", "fleet"}
+    pools = set(made["config"]["available_node_types"]) - {"head"}
+    assert pools == set(made["fleet"]["pools"]) == set(cluster["pools"])
+    assert made["config"]["provider"]["fleet_socket"] == made["fleet"]["socket"]
+    fixed = run(*VALIDATE, "-i", "tests/inventories/ini/hosts").data["cluster"]
+    assert (fixed["autoscaler"], fixed["node_timeout_s"]) == (None, 0)
+
+
 def test_mistakes_in_an_ini_inventory_have_their_line(run: Run, tmp_path: Path) -> None:
     text = (ROOT / "tests/inventories/ini/hosts").read_text()
     text = text.replace("clusterkit_gpus=8", "clusterkit_gpu=8").replace("eth1", "eth1 clusterkit_node_ip=w2")
