@@ -46,6 +46,8 @@ with socket.socket(socket.AF_UNIX) as line:
 WORK = """\
 import sys, time
 import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 ray.init(address="auto", log_to_driver=False)
 
 @ray.remote(num_cpus=2, max_retries=0)
@@ -54,7 +56,9 @@ def work(seconds):
     return ray.util.get_node_ip_address()
 
 count, seconds = int(sys.argv[1]), float(sys.argv[2])
-print(*sorted(ray.get([work.remote(seconds) for _ in range(count)])))
+group = placement_group([{"CPU": 2}] * count, strategy="STRICT_SPREAD")
+own = work.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+print(*sorted(ray.get([own.remote(seconds) for _ in range(count)])))
 """
 
 
