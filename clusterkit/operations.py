@@ -57,7 +57,8 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Status:
-    """What runs now. `fleet`: what the daemon of an autoscaled cluster says; None where pools are fixed."""
+    """What runs now. `fleet`: what the daemon of an autoscaled cluster says; None where pools are fixed. `demands`:
+    what Ray waits for, in its own words."""
 
     reachable: bool
     base_url: str | None
@@ -65,6 +66,7 @@ class Status:
     apps: list[dict[str, Any]] = field(default_factory=list)
     hosts: list[dict[str, Any]] = field(default_factory=list)
     fleet: dict[str, Any] | None = None
+    demands: list[str] = field(default_factory=list)
 
     def replicas_on(self, host: str) -> int:
         """Replicas that run there, of all apps."""
@@ -80,6 +82,7 @@ class Status:
             "apps": self.apps,
             "hosts": self.hosts,
             "fleet": self.fleet,
+            "demands": self.demands,
         }
 
 
@@ -140,7 +143,10 @@ def status(inventory: str, options: Options | None = None, *, on_event: OnEvent 
         nodes=seen.get("nodes", []),
         apps=apps,
         hosts=hosts,
-        fleet={key: told[key] for key in ("running", "hosts", "open", "trouble")} if "running" in told else None,
+        demands=seen.get("demands", []),
+        fleet={key: told[key] for key in ("running", "hosts", "pools", "open", "trouble")}
+        if "running" in told
+        else None,
     )
 
 

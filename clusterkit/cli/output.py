@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -20,7 +21,9 @@ from clusterkit.runner import Event, Result
 from clusterkit.workspace import state_home
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+# Into a file or a pipe a table is not folded to a terminal that is not there.
+WIDE = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
+out = Console(highlight=False, soft_wrap=True, width=WIDE)
 
 
 def data(value: Any) -> None:

@@ -87,12 +87,28 @@ def _fleet(seen: Status) -> list[Any]:
             escape(host["why"]),
         )
     lines.append(table)
+    lines += _demands(seen.demands, fleet)
     for want in fleet["open"]:
         lines.append(f"[yellow]{want['count']} more of {want['pool']} are asked for:[/] {escape(want['why'])}")
     if fleet["trouble"]:
         lines.append(f"[red]{escape(fleet['trouble'])}[/]")
     lines.append(_saved(list(fleet["hosts"].values())))
     return lines
+
+
+def _demands(demands: list[str], fleet: dict[str, Any]) -> list[str]:
+    """What has no place in Ray, and whether hosts could still come for it."""
+    pools = fleet["pools"].items()
+    full = [
+        f"{name} has as many nodes as it may ({pool['max']})" for name, pool in pools if pool["nodes"] >= pool["max"]
+    ]
+    if len(full) == len(pools):
+        why = "; ".join(full)
+    elif fleet["open"] or any(host["state"] in ("booting", "starting") for host in fleet["hosts"].values()):
+        why = "hosts are asked for"
+    else:
+        why = "; ".join([*full, "Ray asks for a host within seconds, or no pool's hosts offer that"])
+    return [f"[yellow]Ray waits for[/] {escape(line)}: {why}" for line in demands]
 
 
 def _saved(hosts: list[dict[str, Any]]) -> str:

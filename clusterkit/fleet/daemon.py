@@ -194,8 +194,8 @@ class Fleet:
         while want.open:
             now = time.time()
             slots = self._slots()
-            promised = sum(host.record.instance is not None for host in members)
-            host = choose(members, self.limits, slots, now) if promised < self.config.pools[want.pool].max else None
+            room = self._promised(want.pool) < self.config.pools[want.pool].max
+            host = choose(members, self.limits, slots, now) if room else None
             if host is None:
                 break
             record = host.record
@@ -220,10 +220,14 @@ class Fleet:
         self._serial = max(self._serial + 1, time.time_ns() // 1_000_000)
         return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:48]}-{self._serial}"
 
+    def _promised(self, pool: str) -> int:
+        """Nodes of a pool that Ray counts on."""
+        return sum(host.record.instance is not None for host in self.hosts.values() if host.config.pool == pool)
+
     def _shortage(self, pool: str) -> str:
         now, most = time.time(), self.config.pools[pool].max
         members = [host for host in self.hosts.values() if host.config.pool == pool]
-        if sum(host.record.instance is not None for host in members) >= most:
+        if self._promised(pool) >= most:
             return f"{pool} has as many nodes as it may ({most})"
         reasons = Counter(
             obstacle(host, self.limits, now) or "waits for its turn to be switched on" for host in members
@@ -284,6 +288,9 @@ class Fleet:
         return {
             "cluster": self.config.cluster,
             "hosts": [describe(host, self.limits, now) for host in self.hosts.values()],
+            "pools": {
+                name: {"max": pool.max, "nodes": self._promised(name)} for name, pool in self.config.pools.items()
+            },
             "open": [{"pool": want.pool, "count": want.open, "why": self._shortage(want.pool)} for want in wants],
             "trouble": self.trouble,
         }

@@ -35,6 +35,7 @@ def describe(host: Host, limits: Limits, now: float) -> dict[str, Any]:
         "why": why,
         "asked": host.view.asked,
         "reachable": host.view.reachable,
+        "answers": host.view.reachable and record.phase is not Phase.POWER_OFF,
         "phase": record.phase,
         # Why it could not be switched on, or given, should somebody reserve it.
         "obstacle": obstacle(host, limits, now, reserved=False),

@@ -97,6 +97,10 @@ coming:
   description: Replicas that neither run nor are being stopped; at 0 Serve has what it wants by now.
   returned: always
   type: int
+demands:
+  description: What Ray waits for, in its own words, one line each; only where C(probe) is C(none).
+  returned: always
+  type: list
 checks:
   description: Each with C(name), C(ok), C(detail), C(seconds).
   returned: always
@@ -173,6 +177,15 @@ def read_nodes(url, token, expected):
         only = next(iter(nodes.values()))
         only["host"], only["node_ip"] = next(iter(expected.items()))
     return sorted(nodes.values(), key=lambda node: (not node["head"], node["host"], node["node_ip"]))
+
+
+def read_demands(url, token):
+    """What Ray's autoscaler has no place for. It gives that as a text alone (ray 2.60.0, the dashboard's
+    reporter_head.py); without an autoscaler, or before its first round, there is none."""
+    data = fetch(url + "/api/cluster_status?format=1", token=token)
+    text = ((data or {}).get("data") or {}).get("clusterStatus") or ""
+    lines = text.partition("Pending Demands:\n")[2].splitlines()
+    return [line.strip() for line in lines if line.startswith(" ") and not line.startswith(" (no ")]
 
 
 def read_apps(url, token, wanted, nodes, serve_port, head_ip):
@@ -490,7 +503,7 @@ def main():
     given = module.params
     checks = Checks()
     result = {"changed": False, "reachable": False, "nodes": [], "apps": [], "checks": checks.list, "answer": None}
-    result.update(tally([]))
+    result.update(tally([]), demands=[])
     try:
         with open(given["token_file"]) as handle:
             token = handle.read().strip()
@@ -508,6 +521,8 @@ def main():
         )
         result["apps"], result["proxies"] = apps, proxies
         result.update(tally(apps))
+        if given["probe"] == "none":
+            result["demands"] = read_demands(given["url"], token)
     except (Unreachable, KeyError, TypeError) as error:
         checks.fail("head", str(error))
         finish(module, result)

@@ -67,6 +67,10 @@ hosts:
   description: What the daemon says of each host, by name.
   returned: always
   type: dict
+pools:
+  description: Of each pool, how many C(nodes) it has, and its C(max).
+  returned: always
+  type: dict
 open:
   description: What Ray asks for and no host can serve, with C(pool), C(count) and C(why).
   returned: always
@@ -133,11 +137,12 @@ def picture(answer, names):
     """What the module returns of a status."""
     hosts = {host["host"]: host for host in answer["hosts"]}
     left = {name: hosts[name]["why"] for name in names if name in hosts and is_off(hosts[name])}
-    return {"running": True, "hosts": hosts, "open": answer["open"], "trouble": answer["trouble"], "off": left}
+    told = {key: answer[key] for key in ("pools", "open", "trouble")}
+    return dict(told, running=True, hosts=hosts, off=left)
 
 
 def is_off(host):
-    return not host["reachable"] and host["state"] in BY_POLICY
+    return not host["answers"] and host["state"] in BY_POLICY
 
 
 def comes(host):
@@ -216,7 +221,7 @@ def main():
     try:
         module.exit_json(**carry_out(module.params, module.check_mode))
     except NotInstalled:
-        module.exit_json(changed=False, running=False, hosts={}, open=[], trouble=None, off={})
+        module.exit_json(changed=False, running=False, hosts={}, pools={}, open=[], trouble=None, off={})
     except Problem as problem:
         module.fail_json(msg=str(problem))
 

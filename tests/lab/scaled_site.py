@@ -81,7 +81,8 @@ class Work:
         """Addresses of the hosts that did it."""
         out, err = self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == 0, err[-3000:]
-        return out.split()
+        # Ray's own warnings come before.
+        return out.splitlines()[-1].split()
 
 
 @dataclass

@@ -53,7 +53,7 @@ def test_a_deploy_on_hosts_that_are_off_changes_nothing_and_wakes_them(site: Sca
     done = playbook("site.yml", site.inventory)
     assert done.returncode == 0, done.stdout[-6000:]
     counts = recap(done.stdout)
-    assert counts.keys() == {"head", "worker1", "worker2"}
+    assert counts.keys() == {"head", "worker1", "worker2", "localhost"}
     assert not any(count["changed"] or count["unreachable"] for count in counts.values()), counts
     site.wait_for(worker1="off", worker2="off")
 

@@ -16,8 +16,9 @@ def host(name: str, state: str, why: str, **more: Any) -> dict[str, Any]:
     return {**about, "off_hours": 0.0, "saved_kwh": None, **more}
 
 
-def shown(**fleet: Any) -> str:
-    running = {"running": True, "hosts": {}, "open": [], "trouble": None, **fleet}
+def shown(*demands: str, **fleet: Any) -> str:
+    pools = {"gpus": {"nodes": 1, "max": 3}}
+    running = {"running": True, "hosts": {}, "pools": pools, "open": [], "trouble": None, **fleet}
     nodes = [{"host": "w1", "alive": True, "node_ip": "192.0.2.11", "resources": {"GPU": 8}}]
     replicas = [
         {"node_ip": "192.0.2.11", "state": "RUNNING"},
@@ -27,7 +28,7 @@ def shown(**fleet: Any) -> str:
     apps = [{"name": "chat", "state": "RUNNING", "replicas": replicas, "base_url": "http://192.0.2.10:8000/v1"}]
     agents = [{"host": "head", "state": "running", "held": None}]
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(screen(Status(True, None, nodes, apps, agents, running)))
+    console.print(screen(Status(True, None, nodes, apps, agents, running, list(demands))))
     return console.export_text()
 
 
@@ -52,6 +53,15 @@ def test_what_is_asked_for_and_cannot_come() -> None:
     assert "2 more of gpus are asked for: no host of gpus can come now: w2 has failed" in text
     assert "cannot be written: no space" in text
     assert "hosts were off for 0.0 hours altogether\n" in text
+
+
+def test_what_ray_waits_for() -> None:
+    line = "{'GPU': 8.0}: 1+ pending tasks/actors"
+    assert f"Ray waits for {line}: Ray asks for a host within seconds, or no pool's hosts offer that" in shown(line)
+    full = {"gpus": {"nodes": 3, "max": 3}}
+    assert f"Ray waits for {line}: gpus has as many nodes as it may (3)" in shown(line, pools=full)
+    coming = {"w1": host("w1", "booting", "booting, for at most 600 s")}
+    assert f"Ray waits for {line}: hosts are asked for" in shown(line, hosts=coming)
 
 
 def test_a_daemon_that_is_not_there_yet() -> None:
