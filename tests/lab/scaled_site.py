@@ -116,7 +116,11 @@ class ScaledSite:
         return self.host(name)
 
     def wait_for(self, **states: str) -> None:
-        until(lambda: states.items() <= self.states().items(), lambda: f"never {states}: {self.told()}\n{self.log()}")
+        def there() -> bool:
+            off = [host for host, state in states.items() if state == "off"]
+            return states.items() <= self.states().items() and all(self.is_off(host) for host in off)
+
+        until(there, lambda: f"never {states}: {self.told()}\n{self.log()}")
 
     def told(self) -> str:
         return "\n".join(f"{host['host']}: {host['state']}, {host['why']}" for host in self.ask("status")["hosts"])

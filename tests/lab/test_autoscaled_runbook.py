@@ -23,7 +23,9 @@ def load(count: int) -> Callable[[ScaledSite], None]:
     """Tasks that take a host each for as long as the page needs; the hosts that may come have come."""
 
     def begin(site: ScaledSite) -> None:
-        site.work(count, LONG_S)
+        # Apart: what has no place must not keep the others waiting.
+        for _ in range(count):
+            site.work(1, LONG_S)
         until(lambda: len(site.nodes()) == min(count, able(site)), site.told)
 
     return begin

@@ -32,6 +32,20 @@ MODEL = "tiny-llama"
 SERVER = "LLMServer:tiny-llama"
 
 
+# Recorded from Ray 2.60.0 with autoscaler v2, on a head without workers; the middle is left out.
+SCALED = """\
+======== Autoscaler status: 2026-11-22 03:55:30.992873 ========
+Node status
+---------------------------------------------------------------
+Active:
+ (no active nodes)
+
+From request_resources:
+ (none)
+Pending Demands:
+{demands}"""
+
+
 class FakeRay:
     """A head without replicas and two workers with one each. Tests break what they look at."""
 
@@ -55,6 +69,7 @@ class FakeRay:
         ]
         self.deployments["OpenAiIngress"]["replicas"] = []
         self.models = [MODEL]
+        self.demands = " (no resource demands)"
         self.asked: Counter[str] = Counter()
         self.counted = True
         self.text = "nonsense"
@@ -106,6 +121,8 @@ def port(ray: FakeRay) -> Iterator[int]:
                     self.answer("Unauthorized", 401)
                 elif self.path.startswith("/api/v0/nodes"):
                     self.answer(json.dumps({"data": {"result": {"result": ray.nodes}}}))
+                elif self.path == "/api/cluster_status?format=1":
+                    self.answer(json.dumps({"data": {"clusterStatus": SCALED.format(demands=ray.demands)}}))
                 else:
                     self.answer(json.dumps(ray.serve))
             elif self.path == "/metrics":
@@ -232,6 +249,17 @@ def test_only_reading_asks_nobody(look: Callable[..., Json], ray: FakeRay) -> No
     assert (seen["reachable"], seen["checks"], seen["answer"]) == (True, [], None)
     assert len(seen["apps"][0]["replicas"]) == 2
     assert not ray.asked
+
+
+def test_what_ray_has_no_place_for(look: Callable[..., Json], ray: FakeRay) -> None:
+    assert look(probe="none")["demands"] == []
+    # The same cluster, with work for two more hosts than there are.
+    lines = [
+        "{'CPU': 2.0}: 2+ pending tasks/actors (2+ using placement groups)",
+        "{'CPU': 2.0} * 2 (STRICT_SPREAD): 1+ pending placement groups",
+    ]
+    ray.demands = "\n".join(f" {line}" for line in lines)
+    assert look(probe="none")["demands"] == lines
 
 
 def test_a_prefix_stands_before_v1(look: Callable[..., Json], ray: FakeRay, port: int) -> None:
