@@ -73,7 +73,9 @@ def explain(host: Host, limits: Limits, now: float) -> tuple[State, float, str]:
     if record.stale and why == STALE:
         return "stale", 0.0, why
     if view.reachable:
-        return "idle", record.idle_since, why or "on, and free"
+        stays = host.switch.can_switch and record.cycles_today(now) >= limits.cycles_per_day
+        limit = f"; stays on: switched on {limits.cycles_per_day} times within a day, which is the limit"
+        return "idle", record.idle_since, why or f"on, and free{limit if stays else ''}"
     if host.off:
         return "off", record.since if record.off else view.error_since, why or "off, and free"
     if view.asked and host.switch.can_switch and why is None:

@@ -118,7 +118,8 @@ class ScaledSite:
     def wait_for(self, **states: str) -> None:
         def there() -> bool:
             off = [host for host, state in states.items() if state == "off"]
-            return states.items() <= self.states().items() and all(self.is_off(host) for host in off)
+            done = all(self.is_off(host) and self.host(host)["phase"] is None for host in off)
+            return done and states.items() <= self.states().items()
 
         until(there, lambda: f"never {states}: {self.told()}\n{self.log()}")
 
@@ -184,7 +185,8 @@ def scaled_site(lab_of: Maker, folder: Path, name: str, workers: int, **more: An
     }
     # Passwords belong into a vault; this one is of a lab, and gone with it.
     site = {
-        "clusterkit_autoscaler": {"idle_timeout_s": 15},
+        # A day of a site passes in minutes here.
+        "clusterkit_autoscaler": {"idle_timeout_s": 15, "cycles_per_day": 1000},
         "fleet_bmc_credentials": {"default": {"user": USER, "password": password}},
         "fleet_bmc_ca": str(bmcs / "crt"),
         **more,

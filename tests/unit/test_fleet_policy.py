@@ -204,6 +204,7 @@ def test_what_was_saved_is_said_where_the_site_knows_its_watts() -> None:
     ("made", "state", "words"),
     [
         ({}, "idle", "on, and free"),
+        ({"cycles": [NOW - 1] * 12}, "idle", "stays on: switched on 12 times within a day"),
         ({"answer": None, "off": True}, "off", "off, and free"),
         ({"answer": None, "bmc": "off"}, "off", "off, and free"),
         ({"answer": None}, "off", "taken for off: No route to host"),
