@@ -97,10 +97,12 @@ class ScaledSite:
 
     def ask(self, verb: str, **more: Any) -> dict[str, Any]:
         """As root on the head, without the kit."""
-        words = json.dumps({"verb": verb, **more})
-        code, output = self.lab.container("head").exec_run(["python3", "-c", ASK, words])
-        text = output.decode(errors="replace")
-        assert code == 0, text
+        words, text = json.dumps({"verb": verb, **more}), ""
+        # An exec of a busy Docker gives no output now and then; each of these words may be said twice.
+        while not text:
+            code, output = self.lab.container("head").exec_run(["python3", "-c", ASK, words])
+            text = output.decode(errors="replace").strip()
+            assert code == 0, text
         found: dict[str, Any] = json.loads(text)
         return found
 
