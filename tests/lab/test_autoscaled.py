@@ -198,9 +198,8 @@ def test_the_agent_is_killed_while_it_starts_a_node(site: ScaledSite) -> None:
     work = site.work(1, 1)
     site.wait("worker1", "starting")
     instance = site.host("worker1")["instance"]
-    until(
-        lambda: site.lab.on("worker1", "pkill -KILL -f '[h]ost-agent.* start' && echo killed", check=False), site.told
-    )
+    kill = "pgrep -f '[s]ystemctl.* start clusterkit-ray' && pkill -KILL -f '[h]ost-agent.*remote-root' && echo killed"
+    until(lambda: "killed" in site.lab.on("worker1", kill, check=False), site.told)
     assert work.done() == [site.address("worker1")]
     assert instance is not None
     site.ask("release", host="worker2")
