@@ -175,7 +175,7 @@ def test_without_ray_nothing_is_written(head: Head) -> None:
     refused = head.run()
     assert refused.code != 0
     assert f"{head.python} cannot be run" in refused.text
-    program(head.python, "#!/bin/sh\necho 'ModuleNotFoundError: ray is broken' >&2\nexit 1\n")
+    program(head.python, "#!/bin/sh\ncat >/dev/null\necho 'ModuleNotFoundError: ray is broken' >&2\nexit 1\n")
     refused = head.run()
     assert "ray is broken" in refused.text
     assert not head.etc.exists()
