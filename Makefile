@@ -54,6 +54,7 @@ bench: $(TESTS)
 	$(BIN)/python -m bench.distribution
 	$(BIN)/python -m bench.engine_start
 	$(BIN)/python -m bench.fleet_loop
+	$(BIN)/python -m bench.autoscaler
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .ansible

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from clusterkit.spec.stacks import table as stacks
 
 NAME = "benchrival"
 RAY = "/opt/clusterkit/ray-env/bin/ray"
+PYTHON = "/opt/clusterkit/ray-env/bin/python"
 
 
 def main() -> None:
@@ -62,6 +65,20 @@ def ad_hoc(inventory: Path, module: str, arguments: str) -> str:
 
 def ray_up(folder: Path, inventory: Path, version: str) -> tuple[float, float]:
     """Seconds until three nodes live, and of a second `ray up` on the running cluster."""
+    began = time.monotonic()
+    with started(folder, inventory, version, minimum=2, maximum=2) as (up, installed):
+        while alive(inventory) != 3:
+            if time.monotonic() - began > 600:
+                raise SystemExit("ray up: the workers never joined")
+            time.sleep(0.5)
+        return time.monotonic() - installed, seconds(up)
+
+
+@contextmanager
+def started(
+    folder: Path, inventory: Path, version: str, *, minimum: int, maximum: int, idle_minutes: float = 5
+) -> Iterator[tuple[Callable[[], object], float]]:
+    """A cluster of `ray up`: what does it once more, and when the first began (Ray's installation left out)."""
     environment = folder / "ray"
     run(sys.executable, "-m", "venv", str(environment))
     run(str(environment / "bin/python"), "-m", "pip", "install", "--quiet", f"ray[default]=={version}")
@@ -69,7 +86,7 @@ def ray_up(folder: Path, inventory: Path, version: str) -> tuple[float, float]:
     head = hosts["children"]["ray_head"]["hosts"]["head"]["ansible_host"]
     workers = hosts["children"]["ray_workers"]["children"]["cpu_pool"]["hosts"].values()
     config = folder / "rival.yaml"
-    cluster = f"rival-{os.getpid()}"
+    cluster = f"rival-{os.getpid()}-{maximum}"
     config.write_text(
         json.dumps(
             {
@@ -83,8 +100,9 @@ def ray_up(folder: Path, inventory: Path, version: str) -> tuple[float, float]:
                     "ssh_user": hosts["vars"]["ansible_user"],
                     "ssh_private_key": hosts["vars"]["ansible_ssh_private_key_file"],
                 },
-                "min_workers": 2,
-                "max_workers": 2,
+                "min_workers": minimum,
+                "max_workers": maximum,
+                "idle_timeout_minutes": idle_minutes,
                 "head_start_ray_commands": [
                     f"{RAY} stop",
                     f"{RAY} start --head --port=6379 --num-cpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml",
@@ -105,22 +123,25 @@ def ray_up(folder: Path, inventory: Path, version: str) -> tuple[float, float]:
     try:
         began = time.monotonic()
         run(*up)
-        while not three_live(inventory):
-            if time.monotonic() - began > 300:
-                raise SystemExit("ray up: the workers never joined")
-            time.sleep(0.5)
-        first = time.monotonic() - began
-        return first, seconds(lambda: run(*up))
+        yield lambda: run(*up), began
     finally:
         for left in Path("/tmp/ray").glob(f"cluster-{cluster}.*"):
             left.unlink()
 
 
-def three_live(inventory: Path) -> bool:
+def alive(inventory: Path) -> int:
+    """Nodes that Ray counts as alive, the head among them."""
     command = [str(BIN / "ansible"), "head", "-i", str(inventory), "-m", "ansible.builtin.command"]
     command += ["-a", f"{RAY} list nodes --format json"]
     said = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False).stdout
-    return said.count('"ALIVE"') == 3
+    return said.count('"ALIVE"')
+
+
+def on_head(inventory: Path, program: str) -> str:
+    """What a Python program prints that runs in the head's Ray."""
+    words = json.dumps({"argv": [PYTHON, "-c", program]})
+    command = [str(BIN / "ansible"), "head", "-i", str(inventory), "-m", "ansible.builtin.command", "-a", words]
+    return run(*command).stdout
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""vLLM on hosts that come and go: a model that nobody asks has no host, and one that is asked gets one.
+
+One cluster's life, in the order of its tests. The engine is vLLM on CPU; one replica with its ingress fills a host.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.e2e.conftest import check_openai
+from tests.lab.conftest import Maker, clusterkit, playbook, recap
+from tests.lab.scaled_site import ScaledSite, scaled_site, until
+
+pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
+
+# From off to a first token: a boot, a container, Ray, an engine.
+COLD_S = 420
+APP = {
+    "name": "tiny",
+    "template": "llm",
+    "parameters": {
+        "model_id": "tiny-llama",
+        "model_source": {"make": "tiny-llama"},
+        "engine_kwargs": {"max_model_len": 2048, "max_num_seqs": 8},
+        "cpus_per_replica": 1.9,
+        "min_replicas": 0,
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 2,
+        "downscale_delay_s": 30,
+        "graceful_shutdown_timeout_s": 120,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def site(lab_of: Maker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScaledSite]:
+    with scaled_site(lab_of, tmp_path_factory.mktemp("served"), "servedtest", 2, clusterkit_apps=[APP]) as made:
+        done = playbook("site.yml", made.inventory)
+        assert done.returncode == 0, done.stdout[-6000:]
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(site: ScaledSite) -> str:
+    return f"http://{site.address('head')}:8000/v1"
+
+
+class Streams(threading.Thread):
+    """Long chats, one after the other, until it is told to stop; each ends in `ended`."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=COLD_S)
+        self.running, self.enough = threading.Event(), threading.Event()
+        self.ended: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self.enough.is_set():
+            try:
+                self.ended.append(self.one())
+            except openai.OpenAIError as error:
+                self.ended.append(repr(error))
+
+    def one(self) -> str:
+        reason = "cut"
+        for chunk in self.client.completions.create(
+            model="tiny-llama", prompt="Much", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+        ):
+            self.running.set()
+            if chunk.choices:
+                reason = chunk.choices[0].finish_reason or reason
+        return reason
+
+    def stop(self) -> list[str]:
+        self.enough.set()
+        self.join(COLD_S)
+        return self.ended
+
+
+def test_a_model_that_nobody_asks_has_no_host(site: ScaledSite) -> None:
+    site.wait_for(worker1="off", worker2="off")
+    again = playbook("site.yml", site.inventory)
+    assert again.returncode == 0, again.stdout[-6000:]
+    assert {host: count["changed"] for host, count in recap(again.stdout).items() if count["changed"]} == {}
+
+
+def test_the_first_request_switches_a_host_on_and_is_answered(site: ScaledSite, url: str) -> None:
+    site.wait_for(worker1="off", worker2="off")
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=COLD_S)
+    answer = client.completions.create(model="tiny-llama", prompt="Hello", max_tokens=4)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens >= 1
+    check_openai(url)
+    assert len(site.nodes()) == 1
+
+
+def test_no_request_is_cut_when_its_host_is_taken_out(site: ScaledSite, url: str) -> None:
+    """Streams run all the time; their host goes into maintenance, and another takes over."""
+    load = [Streams(url) for _ in range(2)]
+    assert all(streams.running.wait(COLD_S) for streams in load)
+    (busy, *_) = [name for name, state in site.states().items() if state == "busy"]
+    held = clusterkit("host", "maintain", busy, "--reason", "a test", "-i", str(site.inventory))
+    assert held.returncode == 0, held.stderr
+    site.wait(busy, "maintenance")
+    ended = [reason for streams in load for reason in streams.stop()]
+    print(f"{len(ended)} streams, {sum(reason != 'length' for reason in ended)} cut")
+    assert set(ended) == {"length"}, ended
+    assert busy not in site.nodes()
+    check_openai(url)
+    back = clusterkit("host", "add", busy, "-i", str(site.inventory))
+    assert back.returncode == 0, back.stderr[-3000:]
+
+
+def test_load_goes_and_the_hosts_go_off(site: ScaledSite) -> None:
+    until(lambda: not site.nodes(), lambda: f"{site.told()}\n{site.log()}", COLD_S)
+    site.wait_for(worker1="off", worker2="off")
