@@ -575,7 +575,7 @@ def _build_wheels(
     docker: str, plan: WheelImage, *, store: Path, site: Site, plain: bool, log: Path, on_line: OnLine
 ) -> None:
     pins = wheels.lock(plan.wish, plan.target, store=store)
-    tag, made_of = name(plan, store=store)
+    tag, made_of = plan.tag(pins), plan.made_of(pins)
     base = _debian_base(docker, plan.packages, site.debian_mirror)
     house = wheels.wheelhouse(plan.wish, plan.target, pins, store=store)
     versions = dict(pin.split("==", 1) for pin in pins)

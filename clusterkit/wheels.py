@@ -20,7 +20,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,26 +126,34 @@ def vllm_metadata_wheel(version: str, *, store: Path) -> Path:
     vLLM reads its platform from the version of the distribution `vllm` ("cpu" in it); builds published
     under another name bring no such metadata.
     """
-    name = f"vllm-{version}-py3-none-any.whl"
-    path = store / "wheelhouse" / name
+    summary = "Metadata only: names the vLLM build that is installed under another distribution name"
+    return pure_wheel("vllm", version, f"Summary: {summary}\n", {}, store=store)
+
+
+def pure_wheel(name: str, version: str, metadata: str, files: Mapping[str, bytes], *, store: Path) -> Path:
+    """A wheel for every Python 3 with these files, by their names in it; the same for the same ones. Made once.
+
+    metadata: the lines that follow name and version.
+    """
+    path = store / "wheelhouse" / f"{name}-{version}-py3-none-any.whl"
     if path.exists():
         return path
-    info = f"vllm-{version}.dist-info"
-    summary = "Metadata only: names the vLLM build that is installed under another distribution name"
-    files = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: {summary}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: clusterkit\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    info = f"{name}-{version}.dist-info"
+    content = {
+        **files,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: clusterkit\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = ""
-    for file, text in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-        record += f"{file},sha256={digest},{len(text.encode())}\n"
-    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
+    for file, data in content.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        record += f"{file},sha256={digest},{len(data)}\n"
+    content[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    with zipfile.ZipFile(partial, "w") as wheel:
-        for file, text in files.items():
-            wheel.writestr(zipfile.ZipInfo(file, (1980, 1, 1, 0, 0, 0)), text)
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for file, data in content.items():
+            wheel.writestr(zipfile.ZipInfo(file, (1980, 1, 1, 0, 0, 0)), data)
     partial.rename(path)
     return path
 

@@ -58,6 +58,10 @@ Reason = Annotated[str, typer.Option("--reason", help="Why, for whoever looks ne
 Force = Annotated[bool, typer.Option("--force", help="Stop work that cannot move.")]
 
 
+@app.command(
+    "maintain",
+    help="The same as drain. A host that the autoscaler has switched off stays off, whatever is asked of it.",
+)
 @app.command()
 @takes(*RUNS)
 def drain(
@@ -72,24 +76,6 @@ def drain(
 
     Nothing starts it again, no deploy and no autoscaler, until `host add NAME` ends the maintenance.
     """
-    _take_out(given, host, reason, force, inventory, as_json)
-
-
-@app.command()
-@takes(*RUNS)
-def maintain(
-    given: Given,
-    host: Host,
-    reason: Reason,
-    force: Force = False,
-    inventory: Inventory = None,
-    as_json: Json = False,
-) -> None:
-    """The same as drain. A host that the autoscaler has switched off stays off, whatever is asked of it."""
-    _take_out(given, host, reason, force, inventory, as_json)
-
-
-def _take_out(given: Given, host: str, reason: str, force: bool, inventory: str | None, as_json: bool) -> None:
     where = workspace.inventory(inventory)
     with _running(as_json) as show:
         change = operations.drain_host(where, host, reason=reason, force=force, options=given.options(), on_event=show)

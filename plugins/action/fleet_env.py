@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import os
 import tomllib
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +39,8 @@ def kit_wheel(root: Path, store: Path) -> Path:
     files = {str(path.relative_to(root)): path.read_bytes() for path in sources}
     digest = hashlib.sha256(b"\0".join(part for name, data in files.items() for part in (name.encode(), data)))
     version = f"{PROJECT['version']}+g{digest.hexdigest()[:16]}"
-    path = store / "wheelhouse" / f"clusterkit-{version}-py3-none-any.whl"
-    if path.exists():
-        return path
-    info = f"clusterkit-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: clusterkit\nVersion: {version}\n"
-    files[f"{info}/METADATA"] = f"{metadata}Requires-Python: {PROJECT['requires-python']}\n".encode()
-    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: clusterkit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files[f"{info}/RECORD"] = (
-        "".join(f"{name},sha256={_digest(data)},{len(data)}\n" for name, data in files.items()) + f"{info}/RECORD,,\n"
-    ).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as wheel:
-        for name, data in files.items():
-            wheel.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-    partial.rename(path)
-    return path
-
-
-def _digest(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+    metadata = f"Requires-Python: {PROJECT['requires-python']}\n"
+    return wheels.pure_wheel("clusterkit", version, metadata, files, store=store)
 
 
 def _hint(error: ClusterkitError) -> str:

@@ -11,7 +11,6 @@ import secrets
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import bcrypt
 import requests
 import yaml
 
+from tests import support
 from tests.lab.conftest import ENVIRONMENT, Cluster, Maker
 from tests.support import ROOT
 
@@ -63,12 +63,7 @@ print(*sorted(ray.get([own.remote(seconds) for _ in range(count)])))
 
 
 def until(condition: Callable[[], Any], what: Callable[[], object], patience_s: float = PATIENCE_S) -> Any:
-    """Its first true value."""
-    end = time.monotonic() + patience_s
-    while not (found := condition()):
-        assert time.monotonic() < end, what()
-        time.sleep(0.5)
-    return found
+    return support.until(condition, what, patience_s, pause_s=0.5)
 
 
 @dataclass
@@ -171,7 +166,7 @@ def scaled_site(lab_of: Maker, folder: Path, name: str, workers: int, **more: An
     bmcs.mkdir()
     password = secrets.token_urlsafe(12)
     (bmcs / "htpasswd").write_text(f"{USER}:{bcrypt.hashpw(password.encode(), bcrypt.gensalt(4)).decode()}\n")
-    certificate(bmcs, gateway)
+    support.certificate(bmcs, "bmc", gateway)
     with socket.socket() as free:
         free.bind((gateway, 0))
         port = free.getsockname()[1]
@@ -212,12 +207,6 @@ def scaled_site(lab_of: Maker, folder: Path, name: str, workers: int, **more: An
         process.wait()
         for path in files:
             (lab.inventory / path).unlink(missing_ok=True)
-
-
-def certificate(folder: Path, address: str) -> None:
-    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=bmc"]
-    words += ["-addext", f"subjectAltName=IP:{address}", "-keyout", str(folder / "key"), "-out", str(folder / "crt")]
-    subprocess.run(words, check=True, capture_output=True)
 
 
 def answers(url: str, folder: Path) -> bool:

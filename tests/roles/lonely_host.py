@@ -4,11 +4,18 @@ installs there comes from the test's own repository.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from clusterkit.lab import SYSTEM_CONTAINER
+from clusterkit import lab
+from tests.support import docker_client
+
+LONELY = {"network_mode": "none", "mem_limit": "1g"}
 
 # In ssh's place: the last word is the command.
 SSH = """#!/bin/sh
@@ -37,19 +44,36 @@ class Box:
         return str(text)
 
 
-def lonely_host(client: Any, image: str | Any, name: str) -> Any:
+B = TypeVar("B", bound=Box)
+
+
+@contextmanager
+def running_box(
+    make: Callable[[Any, Path], B], name: str, container_options: Mapping[str, Any] = LONELY
+) -> Iterator[B]:
+    """A bare one of the lab's image, up: it and its folder go with the block."""
+    client = docker_client()
+    # Short, for the sockets in it.
+    folder = Path(tempfile.mkdtemp(prefix="ck-"))
+    container = None
+    try:
+        with lab._lock(print):
+            image = lab.ensure_image(client, mirror=None, on_progress=print)
+        container = lonely_host(client, image, name, container_options)
+        made = make(container, folder)
+        wait_for_systemd(made.sh)
+        yield made
+    finally:
+        if container is not None:
+            container.remove(v=True, force=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def lonely_host(client: Any, image: str | Any, name: str, options: Mapping[str, Any] = LONELY) -> Any:
     """Starts it, in place of one that an earlier run has left."""
     for left in client.containers.list(all=True, filters={"name": f"^/{name}$"}):
         left.remove(v=True, force=True)
-    return client.containers.run(
-        image,
-        name=name,
-        hostname="box",
-        detach=True,
-        network_mode="none",
-        mem_limit="1g",
-        **SYSTEM_CONTAINER,
-    )
+    return client.containers.run(image, name=name, hostname="box", detach=True, **lab.SYSTEM_CONTAINER, **options)
 
 
 def wait_for_systemd(shell: Shell) -> None:

@@ -5,19 +5,15 @@ systemd, no network. The tests go through one host's life in their order, from b
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from clusterkit import lab
-from tests.roles.lonely_host import Box, lonely_host, wait_for_systemd
-from tests.support import Run, ansible_playbook, docker_client
+from tests.roles.lonely_host import Box, running_box
+from tests.support import Run, ansible_playbook
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -137,25 +133,13 @@ class Host(Box):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    client = docker_client()
-    folder = Path(tempfile.mkdtemp(prefix="ck-"))
-    container = None
-    try:
-        with lab._lock(print):
-            image = lab.ensure_image(client, mirror=None, on_progress=print)
-        container = lonely_host(client, image, NAME)
-        made = Host(container, folder)
-        wait_for_systemd(made.sh)
+    with running_box(Host, NAME) as made:
         # As baseline leaves a host.
         made.sh("mkdir -p /opt/clusterkit/bin /etc/clusterkit /var/lib/clusterkit/node")
         # sudo asks for the host's own name, and there is no network.
         made.sh("echo 127.0.0.1 box >>/etc/hosts")
         made.sh("useradd --system --user-group --no-create-home ray && useradd --system --groups ray eve")
         yield made
-    finally:
-        if container is not None:
-            container.remove(v=True, force=True)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_check_mode_on_a_bare_host(host: Host) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
-from clusterkit import lab
 from tests.roles.gpu_repository import GRUB, Shop, archive
-from tests.roles.lonely_host import Box, lonely_host, wait_for_systemd
+from tests.roles.lonely_host import Box, running_box
 from tests.support import Run as AnsibleRun
-from tests.support import ansible_playbook, docker_client
+from tests.support import ansible_playbook
 
 pytestmark = [
     pytest.mark.docker,
@@ -176,17 +174,8 @@ class Host(Box):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    client = docker_client()
-    # Short, for gpg's socket.
-    folder = Path(tempfile.mkdtemp(prefix="ck-"))
-    container = None
-    try:
-        with lab._lock(print):
-            image = lab.ensure_image(client, mirror=None, on_progress=print)
-        shop = Shop(folder)
-        container = lonely_host(client, image, NAME)
-        made = Host(container, folder, shop)
-        wait_for_systemd(made.sh)
+    with running_box(lambda container, folder: Host(container, folder, Shop(folder)), NAME) as made:
+        shop = made.shop
         kernel = made.sh("uname -r").strip()
         shop.distribution([kernel, "6.1.0-27-amd64"])
         shop.amd("30.30.3", "6.16.13.30300300-2327507", "7.2.3", "26.2.2.70203-81~22.04")
@@ -196,10 +185,6 @@ def host() -> Iterator[Host]:
         made.write("/usr/sbin/update-grub", GRUB)
         made.sh(PREPARE)
         yield made
-    finally:
-        if container is not None:
-            container.remove(v=True, force=True)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

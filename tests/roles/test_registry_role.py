@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import ssl
-import subprocess
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,9 +19,9 @@ import docker
 import pytest
 import yaml
 
-from clusterkit import lab, registry
-from tests.roles.lonely_host import Box, wait_for_systemd
-from tests.support import Run, ansible_playbook, docker_client
+from clusterkit import registry
+from tests.roles.lonely_host import Box, running_box
+from tests.support import Run, ansible_playbook, certificate
 from tests.unit.registry_server import digest
 from tests.unit.test_registry_push import config_of, layer, saved
 
@@ -134,25 +131,9 @@ def answer(address: str, certificate: Path | None) -> str:
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    client = docker_client()
-    folder = Path(tempfile.mkdtemp(prefix="ck-"))
-    container = None
-    try:
-        with lab._lock(print):
-            image = lab.ensure_image(client, mirror=None, on_progress=print)
-        for left in client.containers.list(all=True, filters={"name": f"^/{NAME}$"}):
-            left.remove(v=True, force=True)
-        mount = docker.types.Mount("/var/lib/docker", None, type="volume")
-        container = client.containers.run(
-            image, name=NAME, hostname="box", detach=True, mounts=[mount], **lab.SYSTEM_CONTAINER
-        )
-        made = Host(container, folder)
-        wait_for_systemd(made.sh)
+    mount = docker.types.Mount("/var/lib/docker", None, type="volume")
+    with running_box(Host, NAME, {"mounts": [mount]}) as made:
         yield made
-    finally:
-        if container is not None:
-            container.remove(v=True, force=True)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +178,7 @@ def test_a_run_that_was_cut_before_the_restart_converges(host: Host) -> None:
 
 
 def test_a_certificate_of_the_sites_own(host: Host) -> None:
-    files = host.folder / "site.crt", host.folder / "site.key"
-    words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "90"]
-    words += ["-subj", "/CN=site", "-addext", f"subjectAltName=IP:{host.ip}"]
-    subprocess.run(["openssl", *words, "-keyout", files[1], "-out", files[0]], check=True, capture_output=True)
+    files = certificate(host.folder / "site", "site", host.ip)
     given = {"certificate": str(files[0]), "key": str(files[1])}
     run = host.play("-vvv", "--diff", **given)
     assert "PRIVATE KEY" not in run.text

@@ -11,20 +11,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clusterkit.node_provider.client import FleetAway, FleetClient, FleetRefused
+from tests.support import PATIENCE_S, until
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = getattr(sys, "_base_executable", sys.executable)
 # Hundreds of processes and deadlines of seconds: a busy machine is long at it.
 pytestmark = pytest.mark.slow
-
-PATIENCE_S = 60.0
 
 # What reaches a host, and what does not. `gate-X` holds up step X; `at-X` says that it has been reached.
 SSH = """#!/bin/sh
@@ -117,15 +116,6 @@ esac
 gate power-$word-after
 exit 0
 """
-
-
-def until(condition: Callable[[], Any], what: str | Callable[[], str] = "it never came") -> Any:
-    """Its first true value."""
-    end = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < end, what if isinstance(what, str) else what()
-        time.sleep(0.02)
-    return found
 
 
 class FakeHost:

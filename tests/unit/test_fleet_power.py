@@ -24,6 +24,7 @@ from clusterkit.fleet.config import PowerConfig, read_config
 from clusterkit.fleet.power import NoPower, PowerError, Switches, backend
 from clusterkit.fleet.power.base import read_credentials
 from clusterkit.fleet.power.wol import magic_packet
+from tests.support import certificate
 
 PASSWORD = "s3cret-word"
 
@@ -205,16 +206,6 @@ def test_one_bmc_that_hangs_delays_no_other(ipmitool: Path, credentials: str) ->
 # --------------------------------------------------------------------------- Redfish
 
 
-def certificate(folder: Path, name: str) -> Path:
-    """Key and self-signed certificate for 127.0.0.1, in one file."""
-    path = folder / f"{name}.pem"
-    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
-    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key"), "-out", str(folder / "crt")]
-    subprocess.run(words, check=True, capture_output=True)
-    path.write_bytes((folder / "key").read_bytes() + (folder / "crt").read_bytes())
-    return path
-
-
 class ConstructedBmc(BaseHTTPRequestHandler):
     """As little of a BMC as sushy asks for; made from DMTF's DSP0266 and sushy's own reading of it."""
 
@@ -269,9 +260,8 @@ def bmc(tmp_path: Path) -> Iterator[tuple[type[ConstructedBmc], str, str]]:
     pytest.importorskip("sushy", reason="sushy is not in this environment")
     kind = type("Bmc", (ConstructedBmc,), {"posted": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    pem = certificate(tmp_path, "bmc")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
+    context.load_cert_chain(*certificate(tmp_path, "bmc"))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -301,7 +291,6 @@ def test_a_certificate_that_is_not_trusted_gets_no_password(
     bmc: tuple[type[ConstructedBmc], str, str], credentials: str, tmp_path: Path
 ) -> None:
     kind, address, _ = bmc
-    (tmp_path / "other").mkdir()
     certificate(tmp_path / "other", "other")
     for ca in (None, str(tmp_path / "other/crt")):
         with pytest.raises(PowerError, match=r"(?i)certificate"):

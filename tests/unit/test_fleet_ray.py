@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ import pytest
 
 from clusterkit.node_provider.client import FleetAway, FleetClient, FleetRefused
 from clusterkit.render.autoscaler import autoscaler_environment, autoscaling_config, fleet_config
+from tests import support
 from tests.unit.test_spec import Vars, spec_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "roles/ray_node/files/ray-node"
 AGENT = ROOT / "roles/host_agent/files/host-agent"
 PATIENCE_S = 240.0
+until = partial(support.until, patience_s=PATIENCE_S, pause_s=0.2)
 IDLE_S = 10
 
 pytestmark = [
@@ -56,14 +59,6 @@ def where(seconds):
 import json
 print("ANSWER " + json.dumps(ray.get(where.remote(float(sys.argv[2])))))
 """
-
-
-def until(condition: Callable[[], Any], what: Callable[[], str] | str = "it never came") -> Any:
-    end = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < end, what if isinstance(what, str) else what()
-        time.sleep(0.2)
-    return found
 
 
 def own_address() -> str:

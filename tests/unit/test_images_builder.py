@@ -30,7 +30,7 @@ from clusterkit.errors import ClusterkitError, ToolMissing
 from clusterkit.spec.load import load
 from clusterkit.spec.raw import RawInventory, RawValue
 from clusterkit.tunnel import Way
-from tests.support import ansible_playbook
+from tests.support import ansible_playbook, wait_for_port
 from tests.unit.test_images import PLAN, client
 from tests.unit.test_spec import inventory
 
@@ -85,14 +85,7 @@ def running(folder: Path, *lines: str) -> Iterator[Sshd]:
     )
     process = subprocess.Popen([SSHD, "-D", "-f", str(folder / "sshd_config"), "-E", str(folder / "log")])
     try:
-        end = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < end
+        wait_for_port(port, process, folder / "log")
         yield Sshd(folder, port)
     finally:
         process.terminate()

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import yaml
 
 from clusterkit import images
 from clusterkit.errors import ToolMissing
+from tests.support import wait_for_port
 from tests.unit.test_images_builder import Sshd, needs_sshd, sshd
 
 __all__ = ["sshd"]
@@ -95,14 +95,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made = Site(tmp_path, docker, f"127.0.0.1:{port}")
     shutil.copytree(ROOT / "inventory" / "mi300x", tmp_path / "site")
     try:
-        end = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "registry.log").read_text()
-                assert time.monotonic() < end
+        wait_for_port(port, process, tmp_path / "registry.log")
         made.tag = made.image("plan")["image"]
         built(made)
         yield made

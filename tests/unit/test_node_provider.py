@@ -1,7 +1,7 @@
 """The NodeProvider under Ray's own autoscaler v2: its adapter, reconciler and scheduler are the real ones, and so is
 the daemon. Only the GCS is missing: what it would report of the cluster is written down here.
 
-Ray is not in the kit's environment: run with one that has ray==2.60.0, pydantic and pytest.
+Ray is not in the kit's environment: run with one that has ray==2.60.0, pydantic, PyYAML and pytest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_fleet_daemon import Lab, until
+from tests.support import until
+from tests.unit.test_fleet_daemon import Lab
 
 ray = pytest.importorskip("ray", reason="Ray is not in this environment")
 
@@ -42,6 +43,7 @@ from ray.core.generated.instance_manager_pb2 import GetInstanceManagerStateReque
 
 from clusterkit.node_provider.client import FleetAway  # noqa: E402
 from clusterkit.node_provider.provider import FleetNodeProvider  # noqa: E402
+from clusterkit.render.autoscaler import EMPTY_LISTS  # noqa: E402
 
 HEAD = "h1-1"
 
@@ -65,18 +67,7 @@ def config_of(socket: str, **changes: Any) -> dict[str, Any]:
             "head": {"resources": {"CPU": 0}, "node_config": {}, "min_workers": 0, "max_workers": 0},
             "gpus": {"resources": {"CPU": 8, "GPU": 8}, "node_config": {}, "min_workers": 0, "max_workers": 4},
         },
-        **{
-            name: []
-            for name in (
-                "setup_commands",
-                "head_setup_commands",
-                "worker_setup_commands",
-                "initialization_commands",
-                "head_start_ray_commands",
-                "worker_start_ray_commands",
-                "cluster_synced_files",
-            )
-        },
+        **{name: [] for name in EMPTY_LISTS},
         "file_mounts": {},
         **changes,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from clusterkit import registry as registries
 from clusterkit.errors import ClusterkitError
+from tests.support import certificate
 from tests.unit.registry_server import Registry, digest
 
 TAG = "clusterkit/vllm-cpu:abc"
@@ -170,16 +170,6 @@ def test_a_damaged_archive_is_refused(server: Registry, tmp_path: Path) -> None:
     assert server.manifests == {}
     (tmp_path / "b.tar").write_text("no archive")
     assert "cannot be read as an image" in failure(lambda: registries.push(tmp_path / "b.tar", TAG, own(server)))
-
-
-def certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    folder.mkdir()
-    files = folder / "tls.crt", folder / "tls.key"
-    words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    words += ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
-    words += ["-keyout", str(files[1]), "-out", str(files[0])]
-    subprocess.run(["openssl", *words], check=True, capture_output=True)
-    return files
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes certificates: needs openssl")
