@@ -14,7 +14,7 @@ from rich.table import Table
 from clusterkit import operations, workspace
 from clusterkit.cli import output
 from clusterkit.cli.options import RUNS, Given, Inventory, Json, takes
-from clusterkit.errors import UsageError
+from clusterkit.errors import RunFailed, UsageError
 from clusterkit.operations import Status
 
 
@@ -40,10 +40,16 @@ def status(
     elif not watch:
         output.out.print(screen(look()))
     else:
-        with Live(screen(look()), console=output.out, auto_refresh=False) as live:
+        shown = screen(look())
+        with Live(shown, console=output.out, auto_refresh=False) as live:
             while True:
                 time.sleep(every)
-                live.update(screen(look()), refresh=True)
+                try:
+                    shown = screen(look())
+                    live.update(shown, refresh=True)
+                except RunFailed as error:
+                    # Whoever watches wants to see it come back.
+                    live.update(Group(shown, f"[red]as it was; now: {escape(str(error))}[/]"), refresh=True)
 
 
 def screen(seen: Status) -> Group:

@@ -5,14 +5,17 @@ One cluster's life, in the order of its tests. The engine is vLLM on CPU; one re
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
+import pexpect
 import pytest
 
 from tests.e2e.conftest import check_openai
-from tests.lab.conftest import Maker, clusterkit, playbook, recap
+from tests.lab.conftest import ENVIRONMENT, Maker, clusterkit, playbook, recap
 from tests.lab.scaled_site import ScaledSite, scaled_site, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
@@ -93,7 +96,16 @@ def test_a_model_that_nobody_asks_has_no_host(site: ScaledSite) -> None:
 def test_the_first_request_switches_a_host_on_and_is_answered(site: ScaledSite, url: str) -> None:
     site.wait_for(worker1="off", worker2="off")
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=COLD_S)
-    answer = client.completions.create(model="tiny-llama", prompt="Hello", max_tokens=4)
+    words = ["-m", "clusterkit", "status", "--watch", "--every", "1", "-i", str(site.inventory)]
+    watch = pexpect.spawn(sys.executable, words, env=ENVIRONMENT, dimensions=(50, 220), encoding="utf-8")
+    with ThreadPoolExecutor(1) as beside:
+        watch.expect(r"worker1 +\S+ +off.*worker2 +\S+ +off", timeout=60)
+        asked = beside.submit(client.completions.create, model="tiny-llama", prompt="Hello", max_tokens=4)
+        for seen in ("booting|starting", "busy", r"tiny +RUNNING +[1-9]"):
+            watch.expect(seen, timeout=COLD_S)
+        watch.sendintr()
+        watch.expect(pexpect.EOF, timeout=60)
+        answer = asked.result()
     assert answer.usage is not None
     assert answer.usage.completion_tokens >= 1
     check_openai(url)
