@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import bcrypt
+import pytest
 import requests
 import yaml
 
@@ -71,10 +72,14 @@ class Work:
     """Tasks that want hosts."""
 
     process: subprocess.Popen[str]
+    why_not: Callable[[], str]
 
     def done(self) -> list[str]:
         """Addresses of the hosts that did it."""
-        out, err = self.process.communicate(timeout=PATIENCE_S)
+        try:
+            out, err = self.process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(self.why_not())
         assert self.process.returncode == 0, err[-3000:]
         # Ray's own warnings come before.
         return out.splitlines()[-1].split()
@@ -132,7 +137,8 @@ class ScaledSite:
         container = self.lab.container("head").id
         inside = 'exec docker exec "$(docker ps -q --filter name=clusterkit)" python3 -c "$0" "$@"'
         words = ["docker", "exec", container, "sh", "-c", inside, WORK, str(count), str(seconds)]
-        begun = Work(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        begun = Work(process, lambda: f"{self.told()}\n{self.log()}")
         self.works.append(begun)
         return begun
 
