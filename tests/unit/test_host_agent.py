@@ -45,6 +45,8 @@ if word == "stop":
     if changed:
         os.unlink(node)
 answer = {"state": "stopped", "reason": "stopped", "instance_id": None, "changed": changed, "drained": word == "drain"}
+if os.path.exists(folder + "/half"):
+    answer.update(state="degraded", reason="no raylet yet")
 if os.path.exists(node):
     answer.update(state="running", reason=None, instance_id=open(node).read(), generation="g1", since="now")
 print(json.dumps(answer))
@@ -54,8 +56,8 @@ SYSTEMCTL = """#!/bin/sh
 echo "$@" >> FOLDER/systemctl
 case "$2" in
   start) exec PYTHON FOLDER/launcher --config x start ;;
-  stop) rm -f FOLDER/running ;;
-  is-active) echo active ;;
+  stop) rm -f FOLDER/running FOLDER/half ;;
+  is-active) cat FOLDER/active 2>/dev/null || echo active ;;
 esac
 """
 
@@ -167,6 +169,29 @@ def test_with_systemd_the_unit_is_started_and_strays_are_swept(tmp_path: Path) -
     assert "--no-ask-password daemon-reload" in lines[:start], "a unit file may be newer than what systemd knows"
     assert "--no-ask-password stop clusterkit-ray.service" in lines
     assert "stop" in (tmp_path / "calls").read_text().splitlines(), "systemd knows only its own"
+
+
+@pytest.mark.parametrize(("unit", "cleared"), [("activating", False), ("failed", True)])
+def test_a_start_that_was_cut_is_waited_for_and_what_is_left_of_a_node_is_cleared_away(
+    tmp_path: Path, unit: str, cleared: bool
+) -> None:
+    host = Host(tmp_path, "clusterkit-ray.service")
+    host.call("start", "w-1")
+    (tmp_path / "running").rename(tmp_path / "half")
+    (tmp_path / "active").write_text(unit)
+    code, answer = host.call("start", "w-1")
+    assert (code, answer["state"], answer["instance_id"]) == (0, "running", "w-1")
+    stopped = "--no-ask-password stop clusterkit-ray.service" in (tmp_path / "systemctl").read_text().splitlines()
+    assert stopped is cleared
+
+
+def test_another_instance_does_not_take_over_a_start_that_was_cut(tmp_path: Path) -> None:
+    host = Host(tmp_path, "clusterkit-ray.service")
+    host.call("start", "w-1")
+    (tmp_path / "running").rename(tmp_path / "half")
+    (tmp_path / "active").write_text("activating")
+    assert host.call("start", "w-2")[1]["instance_id"] == "w-2"
+    assert "--no-ask-password stop clusterkit-ray.service" in (tmp_path / "systemctl").read_text().splitlines()
 
 
 def test_a_given_instance(host: Host) -> None:
