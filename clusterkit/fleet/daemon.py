@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -168,7 +169,7 @@ class Fleet:
         if not taken and not new:
             return
         try:
-            await self.record.commit()
+            await self._commit()
         except OSError as error:
             for host in taken:
                 if host.record.instance in want.given:
@@ -179,6 +180,7 @@ class Fleet:
             for host in taken:
                 host.noted = True
         for host in taken:
+            log.info("%s is given to a request for %s, as %s", host.name, want.pool, host.record.instance)
             self.act(host)
 
     @staticmethod
@@ -208,7 +210,6 @@ class Fleet:
             host.acts += 1
             want.given.append(record.instance)
             taken.append(host)
-            log.info("%s is given to a request for %s, as %s", host.name, want.pool, record.instance)
         return taken
 
     def _slots(self) -> int:
@@ -248,11 +249,9 @@ class Fleet:
             done.append(instance)
             leaving.append(self.hosts[name])
             self._let_go(self.hosts[name])
-        try:
-            await self.record.commit()
-        except OSError as error:
-            # It stands in memory and is done; only a restart would forget it, and Ray asks again then.
-            log.error("the record cannot be written: %s", error)
+        # It stands in memory and is done; only a restart would forget it, and Ray asks again then.
+        with contextlib.suppress(OSError):
+            await self._commit()
         for host in leaving:
             self.act(host)
         return {"terminated": done, "unknown": unknown}
@@ -276,7 +275,7 @@ class Fleet:
             raise ClusterkitError(f"there is no instance {instance}")
         self.record.hosts[name].tags = {**self.record.hosts[name].tags, **tags}
         try:
-            await self.record.commit()
+            await self._commit()
         except OSError as error:
             raise NotNow(f"the record cannot be written: {error}") from error
 
@@ -387,14 +386,23 @@ class Fleet:
     async def _saved(self) -> None:
         """Once the record is on disk. A full disk holds up everything that would have to be remembered."""
         while True:
-            try:
-                await self.record.commit()
-                self.trouble = None
-                return
-            except OSError as error:
+            with contextlib.suppress(OSError):
+                return await self._commit()
+            await asyncio.sleep(RETRY_S)
+
+    async def _commit(self) -> None:
+        """The record onto the disk; from where that fails until it works again, `status` says so, and the log once."""
+        try:
+            await self.record.commit()
+        except OSError as error:
+            if self.trouble is None:
                 self.trouble = f"the record {self.record.path} cannot be written: {error}"
                 log.error("%s", self.trouble)
-                await asyncio.sleep(RETRY_S)
+                self._spawn(self._saved())
+            raise
+        if self.trouble is not None:
+            self.trouble = None
+            log.info("the record can be written again")
 
     def failed(self, host: Host, message: str, *, quarantine: bool = False) -> None:
         record = host.record

@@ -881,7 +881,10 @@ def test_a_record_that_cannot_be_written_holds_everything_up(lab: Lab) -> None:
         lab.create()
     assert refused.value.code == "not_now"
     assert (lab.nodes(), w1.lines("starts")) == ({}, [])
+    assert "cannot be written" in lab.ask("status")["trouble"]
     (lab.folder / "away").rename(records)
+    # It finds out by itself.
+    until(lambda: lab.ask("status")["trouble"] is None)
     (instance,) = lab.create()["given"]
     until(lambda: lab.running() == {"w1": instance})
 
