@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LoggingConfig(BaseModel):
+    """What Serve writes into its logs, in session_latest/logs/serve of Ray's temp_dir."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    encoding: Literal["TEXT", "JSON"] = Field("TEXT", description="of each line")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="and above")
+    enable_access_log: bool = Field(True, description="a line for each request")
+    additional_log_standard_attrs: tuple[str, ...] = Field(
+        (), description="attributes of Python's log records that each line gets, such as `thread`"
+    )
 
 
 @dataclass(frozen=True)
@@ -31,15 +44,56 @@ class ReplicaDemand:
 
 
 @dataclass(frozen=True)
+class AppCode:
+    """The code that an app imports, which has to lie on every host.
+
+    template  the kit's own: the modules of this folder of `serve_apps` that run in replicas
+    folder    the site's: absolute, or relative to the inventory
+    module    what Serve imports first; it has to be in the folder
+    parameter the parameter that names the folder
+    """
+
+    template: str = ""
+    folder: str = ""
+    module: str = ""
+    parameter: str = ""
+
+
+def _no_code(_: BaseModel) -> AppCode | None:
+    return None
+
+
+@dataclass(frozen=True)
+class RayNeed:
+    """A parameter of an app that older Rays cannot obey; `ray` is the first that was seen to."""
+
+    parameter: str
+    ray: str
+
+
+def _no_needs(_: BaseModel) -> list[RayNeed]:
+    return []
+
+
+@dataclass(frozen=True)
 class Template:
     """One folder of `serve_apps`."""
 
     name: str
     parameters: type[BaseModel]
     render: Callable[..., dict[str, Any]]
-    demand: Callable[..., ReplicaDemand]
+    demand: Callable[..., ReplicaDemand | Sequence[ReplicaDemand]]
     model_source: Callable[..., dict[str, Any] | None]
     openai_api: bool
+    code: Callable[..., AppCode | None] = _no_code
+    ray_needs: Callable[..., list[RayNeed]] = _no_needs
+    # Whether `render` takes direct_streaming: true where requests go to replicas without an ingress of the app's.
+    direct_streaming: bool = False
+
+    def demands(self, parameters: BaseModel) -> tuple[ReplicaDemand, ...]:
+        """What each deployment of the app asks of its pool."""
+        asked = self.demand(parameters)
+        return (asked,) if isinstance(asked, ReplicaDemand) else tuple(asked)
 
 
 def names() -> list[str]:
@@ -60,4 +114,7 @@ def load(name: str) -> Template:
         demand=module.demand,
         model_source=module.model_source,
         openai_api=module.OPENAI_API,
+        code=getattr(module, "code", _no_code),
+        ray_needs=getattr(module, "ray_needs", _no_needs),
+        direct_streaming=getattr(module, "DIRECT_STREAMING", False),
     )

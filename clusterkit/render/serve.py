@@ -17,15 +17,21 @@ def serve_config(spec: ClusterSpec) -> dict[str, Any]:
     }
     if serve.request_timeout_s is not None:
         http_options["request_timeout_s"] = serve.request_timeout_s
-    return {
-        "proxy_location": serve.proxy_location,
-        "http_options": http_options,
-        "applications": [_application(spec, app) for app in spec.apps],
-    }
+    if serve.root_path:
+        http_options["root_path"] = serve.root_path
+    config: dict[str, Any] = {"proxy_location": serve.proxy_location, "http_options": http_options}
+    if serve.grpc_options.grpc_servicer_functions:
+        config["grpc_options"] = {"port": spec.facts.ports.grpc, **serve.grpc_options.model_dump(exclude_none=True)}
+    if serve.logging_config is not None:
+        config["logging_config"] = serve.logging_config.model_dump(mode="json")
+    # Serve does not say what its own logs are set to. In the apps, where they belong as well, a change is seen.
+    logs = {"logging_config": config["logging_config"]} if "logging_config" in config else {}
+    return {**config, "applications": [{**logs, **_application(spec, app)} for app in spec.apps]}
 
 
 def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
     cache = spec.engine_cache(app)
+    code = {"code_uri": spec.code_uri(app)} if app.template.code(app.parameters) else {}
     return app.template.render(
         name=app.name,
         route_prefix=app.facts.route_prefix,
@@ -33,4 +39,6 @@ def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
         accelerator=spec.pools[app.pool].facts.accelerator,
         model_path=app.model.path if app.model else "",
         cache_path=f"{spec.engine_caches}/{cache}" if cache else None,
+        **code,
+        **({"direct_streaming": True} if spec.facts.serve.direct_streaming and app.template.direct_streaming else {}),
     )

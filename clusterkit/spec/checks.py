@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from clusterkit.spec import ingress
 from clusterkit.spec.facts import AppFacts, ClusterFacts
 from clusterkit.spec.findings import Finding, Place, did_you_mean
 from clusterkit.spec.raw import Path, RawInventory, RawValue
@@ -14,6 +15,7 @@ from clusterkit.spec.stacks import Stack, table
 
 if TYPE_CHECKING:
     from clusterkit.spec.cluster import App, Host, Pool
+    from serve_apps.template import ReplicaDemand
 
 # Serve took these names away; it ignores or refuses them, depending on where they stand.
 REMOVED_SERVE_OPTIONS = {
@@ -390,17 +392,22 @@ def stack_fits_pools(row: Stack, pools: Mapping[str, Pool], place: Place) -> lis
 
 
 def ports(facts: ClusterFacts, value: RawValue | None) -> list[Finding]:
-    """Two services on one port, or one inside the workers' range: Ray refuses to start."""
-    known = facts.ports.model_dump()
+    """Two services on one port, or one inside a range: Ray refuses to start, or a replica later on."""
+    known = {**ingress.ray_ports(facts), **ingress.ports(facts)}
     place = (value or RawValue()).place
-    low, high = known.pop("worker_min"), known.pop("worker_max")
+    ranges = {
+        kind: (known.pop(f"{kind}_min"), known.pop(f"{kind}_max"))
+        for kind in ("worker", "replica")
+        if f"{kind}_min" in known
+    }
     findings = []
-    if high - low < 100:
-        findings.append(
-            Finding(
-                place(("worker_max",)), "clusterkit_ports.worker_max", "leaves fewer than 100 worker ports", "raise it"
-            )
-        )
+    for kind, (low, high) in ranges.items():
+        if high - low < 100:
+            problem = f"leaves fewer than 100 {kind} ports"
+            findings.append(Finding(place((f"{kind}_max",)), f"clusterkit_ports.{kind}_max", problem, "raise it"))
+    if len(ranges) > 1 and max(low for low, _ in ranges.values()) <= min(high for _, high in ranges.values()):
+        problem = "{}-{} overlaps the workers' range {}-{}".format(*ranges["replica"], *ranges["worker"])
+        findings.append(Finding(place(("replica_min",)), "clusterkit_ports.replica_min", problem, "move one of them"))
     taken: dict[int, str] = {}
     for name, port in known.items():
         other = taken.setdefault(port, name)
@@ -408,15 +415,16 @@ def ports(facts: ClusterFacts, value: RawValue | None) -> list[Finding]:
             findings.append(
                 Finding(place((name,)), f"clusterkit_ports.{name}", f"{port} is {other}'s port too", "choose another")
             )
-        if low <= port <= high:
-            findings.append(
-                Finding(
-                    place((name,)),
-                    f"clusterkit_ports.{name}",
-                    f"{port} lies in the workers' range {low}-{high}",
-                    "choose one outside, or move worker_min and worker_max",
+        for kind, (low, high) in ranges.items():
+            if low <= port <= high:
+                findings.append(
+                    Finding(
+                        place((name,)),
+                        f"clusterkit_ports.{name}",
+                        f"{port} lies in the {kind}s' range {low}-{high}",
+                        f"choose one outside, or move {kind}_min and {kind}_max",
+                    )
                 )
-            )
     return findings
 
 
@@ -487,42 +495,23 @@ def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: 
     cpus: Counter[str] = Counter()
     for index, app in apps:
         home = pools[app.pool]
-        demand = app.template.demand(app.parameters)
-        cpus[app.pool] += demand.minimum_cpus  # type: ignore[assignment]
-        if home.facts.accelerator == "cpu":
+        demands = app.template.demands(app.parameters)
+        cpus[app.pool] += sum(demand.minimum_cpus for demand in demands)  # type: ignore[assignment]
+        on_gpus = [demand for demand in demands if demand.gpus]
+        if home.facts.accelerator == "cpu" or not on_gpus:
             continue
         place = value.place((index, "parameters"))
         subject = f"clusterkit_apps[{index}] {app.name}"
-        total = home.facts.gpus * home.max
-        fitting = int(total // demand.gpus)
-        if demand.gpus_per_host > home.facts.gpus:
-            findings.append(
-                Finding(
-                    place,
-                    subject,
-                    f"one replica needs {demand.gpus_per_host:g} GPUs on one host, "
-                    f"and a host of {home.name} has {home.facts.gpus}",
-                    "lower tensor_parallel, or choose a pool with larger hosts",
-                )
-            )
-        elif demand.gpus * demand.max_replicas > total:
-            findings.append(
-                Finding(
-                    place,
-                    subject,
-                    f"at max_replicas it needs {demand.gpus * demand.max_replicas:g} GPUs, "
-                    f"and the pool {home.name} has {total}",
-                    f"lower max_replicas to {fitting}, or add hosts" if fitting else "use fewer GPUs, or add hosts",
-                )
-            )
-        else:
-            minimum[app.pool] += demand.gpus * demand.min_replicas  # type: ignore[assignment]
-        if demand.memory_fraction is not None and demand.gpus < 1:
-            findings += _memory_budget(demand.gpus, demand.memory_fraction, place, subject)
-        elif demand.memory_fraction is not None and demand.memory_fraction > 1:
-            findings.append(
-                Finding(place, subject, "asks for more than the whole memory of a GPU", "lower gpu_memory_utilization")
-            )
+        found = _gpus(on_gpus, home, place, subject)
+        findings += found
+        if not found:
+            minimum[app.pool] += sum(demand.gpus * demand.min_replicas for demand in on_gpus)  # type: ignore[assignment]
+        for demand in on_gpus:
+            if demand.memory_fraction is not None and demand.gpus < 1:
+                findings += _memory_budget(demand.gpus, demand.memory_fraction, place, subject)
+            elif demand.memory_fraction is not None and demand.memory_fraction > 1:
+                problem = "asks for more than the whole memory of a GPU"
+                findings.append(Finding(place, subject, problem, "lower gpu_memory_utilization"))
     for name, needed in minimum.items():
         total = pools[name].facts.gpus * pools[name].max
         if needed > total + TOLERANCE:
@@ -548,6 +537,22 @@ def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: 
                 )
             )
     return findings
+
+
+def _gpus(demands: Sequence[ReplicaDemand], home: Pool, place: Place, subject: str) -> list[Finding]:
+    """Do the replicas of one app fit the hosts of its pool, and all of them the pool?"""
+    largest = max(demand.gpus_per_host for demand in demands)
+    if largest > home.facts.gpus:
+        problem = f"one replica needs {largest:g} GPUs on one host, and a host of {home.name} has {home.facts.gpus}"
+        return [Finding(place, subject, problem, "lower tensor_parallel, or choose a pool with larger hosts")]
+    total = home.facts.gpus * home.max
+    needed = sum(demand.gpus * demand.max_replicas for demand in demands)
+    if needed <= total + TOLERANCE:
+        return []
+    fitting = int(total // demands[0].gpus) if len(demands) == 1 else 0
+    fix = f"lower max_replicas to {fitting}, or add hosts" if fitting else "use fewer GPUs, or add hosts"
+    problem = f"at max_replicas it needs {needed:g} GPUs, and the pool {home.name} has {total}"
+    return [Finding(place, subject, problem, fix)]
 
 
 def _memory_budget(share: float, memory: float, place: Place, subject: str) -> list[Finding]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from clusterkit.spec import ingress
 from clusterkit.spec.facts import Accelerator, AppFacts, ClusterFacts, HostFacts, PoolFacts
 from clusterkit.spec.stacks import Engine, Stack, table
 from serve_apps.template import Template
@@ -78,6 +79,17 @@ class Model(_Frozen):
     path: str
 
 
+class Code(_Frozen):
+    """What an app imports, as it was read on the controller: `digest` is the SHA-256 of one zip with all of it.
+
+    One of `template` (the kit's own) and `folder` (an absolute path on the controller) says where it came from.
+    """
+
+    digest: str
+    template: str = ""
+    folder: str = ""
+
+
 class App(_Frozen):
     """One Serve application with its typed parameters."""
 
@@ -86,6 +98,7 @@ class App(_Frozen):
     parameters: BaseModel
     template: Template
     model: Model | None
+    code: Code | None = None
 
     @property
     def name(self) -> str:
@@ -142,23 +155,42 @@ class ClusterSpec(_Frozen):
         return [found[path] for path in sorted(found)]
 
     @property
-    def engine_caches(self) -> str:
-        """Folder on each host for what engines compile: in the one that ray_node gives to Ray's user to keep."""
+    def _kept(self) -> str:
+        """The folder that ray_node gives to Ray's user to keep: in a container under the same path."""
         paths = self.facts.paths
-        kept = f"{paths.ray_temp}/cache" if self.facts.runtime == "container" else f"{paths.state}/node/cache"
-        return f"{kept}/engine"
+        return f"{paths.ray_temp}/cache" if self.facts.runtime == "container" else f"{paths.state}/node/cache"
+
+    @property
+    def engine_caches(self) -> str:
+        """Folder on each host for what engines compile."""
+        return f"{self._kept}/engine"
+
+    @property
+    def code_path(self) -> str:
+        """Folder on each host for the code of apps."""
+        return f"{self._kept}/apps"
+
+    def codes(self) -> list[Code]:
+        """Each code once, whichever apps import it. All hosts have all: Ray may build an app on any of them."""
+        found = {app.code.digest: app.code for app in self.apps if app.code is not None}
+        return [found[digest] for digest in sorted(found)]
+
+    def code_uri(self, app: App) -> str | None:
+        """What Serve calls the code: a file on the host that Ray unpacks for each replica there."""
+        return None if app.code is None else f"file://{self.code_path}/{app.code.digest}.zip"
 
     def engine_cache(self, app: App) -> str | None:
         """The folder's name for one app: a digest of image, architecture, model and parallelism."""
         if app.model is None:
             return None
         pool = self.pools[app.pool].facts
-        demand = app.template.demand(app.parameters)
+        demands = app.template.demands(app.parameters)
         # Nothing that a release may word anew: another name restarts the replicas.
         facts = self.facts.model_dump(mode="json", exclude={"image_registry"})
         image = {name: value for name, value in facts.items() if name.startswith("image")}
         versions = [self.stack.ray, self.stack.vllm, self.stack.base_image, self.stack.base_image_digest]
-        key = [image, versions, pool.accelerator, pool.gpu_model, app.model.path, demand.gpus, demand.gpus_per_host]
+        key: list[Any] = [image, versions, pool.accelerator, pool.gpu_model, app.model.path]
+        key += [number for demand in demands for number in (demand.gpus, demand.gpus_per_host)]
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
     def published(self) -> dict[str, Any]:
@@ -182,9 +214,12 @@ class ClusterSpec(_Frozen):
                 "image": self._image_recipe(),
             },
             "service_user": facts.service_user,
-            "ports": facts.ports.model_dump(),
+            "ports": ingress.ray_ports(facts),
+            "ingress_ports": ingress.ports(facts),
+            "ingress_environment": ingress.environment(facts),
             "paths": facts.paths.model_dump(),
             "engine_caches": self.engine_caches,
+            "code": {"path": self.code_path, "apps": [code.model_dump() for code in self.codes()]},
             "proxy": facts.proxy.model_dump(),
             "mirrors": facts.mirrors.model_dump(),
             "ca_bundle": facts.ca_bundle,

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
+from serve_apps.template import LoggingConfig
+
 Accelerator = Literal["rocm", "cuda", "cpu"]
 
 # Unix sockets end at 107 bytes and Ray appends about 65 (`/session_<time>/sockets/plasma_store`).
@@ -74,6 +76,13 @@ class Ports(Facts):
     runtime_env_agent: Port = Field(20369, description="raylet, environments of tasks")
     worker_min: Port = Field(10002, description="first port of Ray's worker processes")
     worker_max: Port = Field(19999, description="last port of Ray's worker processes")
+    grpc: Port = Field(9000, description="Serve's gRPC proxy, where `clusterkit_serve.grpc_options` has servicers")
+    haproxy_stats: Port = Field(8404, description="ingress haproxy: its statistics page, open to everybody")
+    haproxy_metrics: Port = Field(9101, description="ingress haproxy: its metrics, open to everybody")
+    fallback: Port = Field(8500, description="ingress haproxy, head: Serve's own proxy, for apps without a replica")
+    fallback_grpc: Port = Field(9500, description="the same for gRPC")
+    replica_min: Port = Field(30000, description="ingress haproxy: first port of replicas; the upper half is for gRPC")
+    replica_max: Port = Field(31999, description="ingress haproxy: last port of replicas")
 
 
 class Paths(Facts):
@@ -106,18 +115,47 @@ class Mirrors(Facts):
     )
 
 
+class GrpcOptions(Facts):
+    """The gRPC proxy; without servicers there is none."""
+
+    grpc_servicer_functions: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)+$")]] = Field(
+        [], description="`package.module.add_…_to_server`, importable in the engine's environment on every host"
+    )
+    request_timeout_s: Number | None = Field(None, gt=0, description="how long a call may take; none: no limit")
+
+
 class ServeFacts(Facts):
-    """Cluster-wide options of Ray Serve."""
+    """Cluster-wide options of Ray Serve; most are fixed once Serve runs."""
 
     http_host: str = Field("0.0.0.0", description="address that the proxies listen on; they ask nobody who he is")
     proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = Field(
         "EveryNode", description="EveryNode: the head and each node that holds a replica"
+    )
+    ingress: Literal["proxy", "haproxy"] = Field(
+        "proxy",
+        description="what takes requests on every host: Serve's proxy, or HAProxy (Ray 2.60); a change restarts Ray",
+    )
+    direct_streaming: bool = Field(
+        False, description="ingress haproxy: `llm` replicas are asked without an ingress of the app's in between"
+    )
+    root_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9/_.-]*[A-Za-z0-9_.-])?$")] = Field(
+        "", description="what a proxy in front has taken off the path, such as /prefix"
     )
     request_timeout_s: Number | None = Field(None, description="how long a request may take; none: as long as it likes")
     keep_alive_timeout_s: StrictInt = Field(5, description="how long an idle connection is kept")
     ready_timeout_s: StrictInt = Field(
         900, gt=0, description="how long an app may take to become RUNNING, once its hosts are there"
     )
+    grpc_options: GrpcOptions = GrpcOptions()
+    logging_config: LoggingConfig | None = Field(
+        None, description="of Serve and of every app that has none of its own; none: as Ray has it"
+    )
+
+    @model_validator(mode="after")
+    def _streaming(self) -> ServeFacts:
+        if self.direct_streaming and self.ingress != "haproxy":
+            raise ValueError("direct_streaming needs ingress: haproxy")
+        return self
 
 
 class LogRotation(Facts):

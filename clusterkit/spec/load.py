@@ -6,14 +6,15 @@ import hashlib
 import ipaddress
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Tag, ValidationError
 
-from clusterkit.spec import checks
-from clusterkit.spec.cluster import App, ClusterSpec, Host, Model, Pool, Registry
+from clusterkit.errors import ClusterkitError
+from clusterkit.spec import checks, ingress
+from clusterkit.spec.cluster import App, ClusterSpec, Code, Host, Model, Pool, Registry
 from clusterkit.spec.facts import (
     SCOPES,
     AppFacts,
@@ -41,14 +42,20 @@ T = TypeVar("T", bound=Facts)
 _UNITS = {"_s": "a plain number of seconds", "_gib": "a plain number of GiB", "_mib": "a plain number of MiB"}
 
 
-def load(raw: RawInventory) -> tuple[ClusterSpec | None, list[Finding]]:
-    """The spec, or None with all findings. Pure: no file, no network, no clock."""
-    return _Loader(raw).load()
+# Reads what an app imports; a ClusterkitError says what is wrong with it.
+ReadCode = Callable[[templates.AppCode], Code]
+
+
+def load(raw: RawInventory, read_code: ReadCode | None = None) -> tuple[ClusterSpec | None, list[Finding]]:
+    """The spec, or None with all findings. Pure: no file, no network, no clock, but for what `read_code` reads;
+    without it, apps are taken to have no code of their own."""
+    return _Loader(raw, read_code).load()
 
 
 class _Loader:
-    def __init__(self, raw: RawInventory) -> None:
+    def __init__(self, raw: RawInventory, read_code: ReadCode | None) -> None:
         self.raw = raw
+        self.read_code = read_code
         self.findings: list[Finding] = []
         self.readers: dict[str, tuple[str, ...]] = {}
         self.secrets = raw.secrets
@@ -73,6 +80,8 @@ class _Loader:
         self.findings += checks.capacity(apps, pools, cluster_values.get("apps", RawValue()))
         if facts is not None:
             self.findings += checks.ports(facts, cluster_values.get("ports"))
+            self.findings += ingress.findings(facts, stack, len(hosts or {}), cluster_values)
+            self.findings += ingress.app_findings(facts, stack, apps, cluster_values.get("apps", RawValue()))
         found = merge(self._told(finding) for finding in self.findings)
         if found or facts is None or stack is None or hosts is None:
             return None, found
@@ -367,9 +376,23 @@ class _Loader:
                 continue
             source = template.model_source(parameters)
             model = _model(source, models_root) if source else None
-            apps.append((index, App(facts=app, pool=pool, parameters=parameters, template=template, model=model)))
+            code = self._code(template, parameters, index, value)
+            whole = App(facts=app, pool=pool, parameters=parameters, template=template, model=model, code=code)
+            apps.append((index, whole))
         self.findings += checks.unique_apps(named, value)
         return apps
+
+    def _code(self, template: templates.Template, parameters: BaseModel, index: int, value: RawValue) -> Code | None:
+        wanted = template.code(parameters)
+        if wanted is None or self.read_code is None:
+            return None
+        try:
+            return self.read_code(wanted)
+        except ClusterkitError as error:
+            path: Path = (index, "parameters", wanted.parameter) if wanted.parameter else (index, "template")
+            subject = PREFIX + _dotted(("apps", *path))
+            self.findings.append(Finding(value.place(path), subject, error.message, error.hint or "correct the value"))
+        return None
 
     def _parameters(self, template: templates.Template, index: int, app: AppFacts, value: RawValue) -> BaseModel | None:
         try:

@@ -6,7 +6,7 @@ Everything that depends on Ansible's inside is in this file; what the values mea
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ansible.errors import AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 
+from clusterkit import app_code
 from clusterkit.render.autoscaler import autoscaler
 from clusterkit.render.serve import serve_config
 from clusterkit.spec.checks import LOGIN_PASSWORDS
@@ -45,7 +46,8 @@ class ActionModule(ActionBase):
         try:
             inventory = self._inventory(task_vars or {})
             hidden = inventory.secrets
-            spec, findings = load(inventory)
+            sources = [str(source) for source in (task_vars or {}).get("ansible_inventory_sources") or ()]
+            spec, findings = load(inventory, partial(app_code.read, inventories=sources))
         except AnsibleError as error:
             # Files of host_vars and of smaller groups are first read here; one that does not parse hides the rest.
             spec, findings = None, _unreadable(error, task_vars or {})

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from serve_apps.template import LoggingConfig
+
 # What Ray LLM takes as accelerator_type; anything else stops the app when it is built.
 ACCELERATOR_TYPES = (
     "A10G",
@@ -64,6 +66,19 @@ OWNED_ENGINE_KWARGS = {
     "distributed_executor_backend": "Ray LLM chooses it",
     "data_parallel_size": "use max_replicas: Serve runs the replicas",
 }
+
+# What only an app says whose replicas come and go.
+SCALING = (
+    "min_replicas",
+    "max_replicas",
+    "initial_replicas",
+    "target_ongoing_requests",
+    "upscale_delay_s",
+    "downscale_delay_s",
+    "downscale_to_zero_delay_s",
+    "ingress_min_replicas",
+    "ingress_max_replicas",
+)
 
 Number = StrictInt | StrictFloat
 Seconds = Annotated[Number, Field(ge=0)]
@@ -171,6 +186,9 @@ class LlmParameters(_Parameters):
         None, gt=0, description="CPUs that Ray sets aside for one replica; 1 where nothing is said"
     )
 
+    num_replicas: StrictInt | None = Field(
+        None, ge=1, description="always so many replicas and as many of the ingress, instead of all that scales"
+    )
     min_replicas: StrictInt = Field(1, ge=0, description="never fewer replicas; 0 lets an idle model go away")
     max_replicas: StrictInt = Field(1, ge=1, description="never more replicas")
     initial_replicas: StrictInt | None = Field(
@@ -181,6 +199,9 @@ class LlmParameters(_Parameters):
     )
     upscale_delay_s: Seconds = Field(30, description="load must stay high for so long before replicas are added")
     downscale_delay_s: Seconds = Field(600, description="load must stay low for so long before replicas are removed")
+    downscale_to_zero_delay_s: Seconds | None = Field(
+        None, description="the same for the last replica; `downscale_delay_s` where nothing is said"
+    )
     ingress_min_replicas: StrictInt | None = Field(
         None, ge=0, description="ingress replicas, at least; `min_replicas` where nothing is said"
     )
@@ -198,6 +219,26 @@ class LlmParameters(_Parameters):
         2, description="how often a replica that is to stop looks whether its requests are done"
     )
     graceful_shutdown_timeout_s: Seconds = Field(600, description="how long its requests may take until they are cut")
+    rolling_update_percentage: Positive | None = Field(
+        None, le=1, description="share of the replicas that are replaced at a time; Ray's own is 0.2, at least one"
+    )
+    max_surge_percent: StrictInt | None = Field(
+        None, ge=0, le=100, description="so many more replicas may run while they are replaced; Ray's own is 0"
+    )
+
+    engine_start_timeout_s: StrictInt | None = Field(
+        None, gt=0, description="how long an engine may take to start; 600 where nothing is said, which is vLLM's own"
+    )
+    response_timeout_s: Number | None = Field(
+        None,
+        gt=0,
+        description="how long the ingress waits for an answer, of a stream for its beginning; 600, and "
+        "`engine_start_timeout_s` more where that is set: a request may have woken the engine",
+    )
+    stream_batching_interval_ms: Number | None = Field(
+        None, ge=0, description="tokens of a stream are sent together for so long; Ray's own is 50"
+    )
+    logging_config: LoggingConfig | None = Field(None, description="instead of `clusterkit_serve.logging_config`")
 
     server_class: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*[.:][A-Za-z_]\w*$")] | None = Field(
         None, description="own subclass of Ray's LLMServer, importable on every node (`package.module:Class`)"
@@ -206,6 +247,16 @@ class LlmParameters(_Parameters):
         {}, description="given to `reconfigure` of `server_class`, without a restart of the replicas"
     )
     environment: dict[str, str] = Field({}, description="environment of the replicas")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_what_serve_refuses(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "max_replicas_per_node" in value:
+            raise ValueError(
+                "max_replicas_per_node: Serve refuses it for replicas with a placement group, which those of a model "
+                "all have; how many fit a host is for its GPUs to say, and cpus_per_replica"
+            )
+        return value
 
     @field_validator("engine_kwargs")
     @classmethod
@@ -234,12 +285,15 @@ class LlmParameters(_Parameters):
     def _check_together(self) -> LlmParameters:
         if self.gpu_fraction is not None and self.tensor_parallel * self.pipeline_parallel > 1:
             raise ValueError("gpu_fraction is for one GPU: leave tensor_parallel and pipeline_parallel at 1")
+        both = [name for name in SCALING if name in self.model_fields_set]
+        if self.num_replicas is not None and both:
+            raise ValueError(f"num_replicas is for an app that does not scale: take out {' and '.join(both)}")
         _check_order("min_replicas", self.min_replicas, "max_replicas", self.max_replicas)
         _check_order("ingress_min_replicas", self.ingress_min, "ingress_max_replicas", self.ingress_max)
         if self.initial_replicas is not None:
             _check_order("min_replicas", self.min_replicas, "initial_replicas", self.initial_replicas)
             _check_order("initial_replicas", self.initial_replicas, "max_replicas", self.max_replicas)
-        if self.max_ongoing_requests < self.target_ongoing_requests:
+        if self.num_replicas is None and self.max_ongoing_requests < self.target_ongoing_requests:
             raise ValueError(
                 f"max_ongoing_requests ({self.max_ongoing_requests}) is below target_ongoing_requests "
                 f"({self.target_ongoing_requests:g}): the app would never scale up"
@@ -249,13 +303,21 @@ class LlmParameters(_Parameters):
         return self
 
     @property
+    def fewest(self) -> int:
+        return self.min_replicas if self.num_replicas is None else self.num_replicas
+
+    @property
+    def most(self) -> int:
+        return self.max_replicas if self.num_replicas is None else self.num_replicas
+
+    @property
     def ingress_min(self) -> int:
-        return self.min_replicas if self.ingress_min_replicas is None else self.ingress_min_replicas
+        return self.fewest if self.ingress_min_replicas is None else self.ingress_min_replicas
 
     @property
     def ingress_max(self) -> int:
         if self.ingress_max_replicas is None:
-            return max(self.max_replicas, self.ingress_min)
+            return max(self.most, self.ingress_min)
         return self.ingress_max_replicas
 
 

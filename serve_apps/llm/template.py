@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from serve_apps.llm.parameters import LlmParameters
-from serve_apps.template import ReplicaDemand
+from serve_apps.template import RayNeed, ReplicaDemand
 
 PARAMETERS = LlmParameters
 OPENAI_API = True
+DIRECT_STREAMING = True
 
 IMPORT_PATH = "ray.serve.llm:build_openai_app"
 INGRESS = "OpenAiIngress"
@@ -17,6 +18,10 @@ INGRESS = "OpenAiIngress"
 INGRESS_CPUS = 0.1
 # vLLM's own default share of a GPU's memory, of which a part of a GPU gets its part.
 MEMORY_SHARE = 0.9
+# Ray LLM's own limit on an answer, or on the beginning of a stream (RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT).
+RESPONSE_TIMEOUT_S = 600
+# First seen in the schema of Ray 2.60.0; 2.52.1 lacks them.
+RAY_2_60 = ("rolling_update_percentage", "max_surge_percent")
 
 
 def deployment_name(model_id: str, server_class: str | None = None) -> str:
@@ -30,6 +35,11 @@ def model_source(parameters: LlmParameters) -> dict[str, Any]:
     return {"id": parameters.model_id, **parameters.model_source.model_dump()}
 
 
+def ray_needs(parameters: LlmParameters) -> list[RayNeed]:
+    """What older Rays would refuse."""
+    return [RayNeed(name, "2.60.0") for name in RAY_2_60 if getattr(parameters, name) is not None]
+
+
 def demand(parameters: LlmParameters) -> ReplicaDemand:
     """What the app asks of a pool."""
     gpus: float = parameters.tensor_parallel * parameters.pipeline_parallel
@@ -38,11 +48,10 @@ def demand(parameters: LlmParameters) -> ReplicaDemand:
     return ReplicaDemand(
         gpus=gpus,
         gpus_per_host=min(gpus, parameters.tensor_parallel),
-        min_replicas=parameters.min_replicas,
-        max_replicas=parameters.max_replicas,
+        min_replicas=parameters.fewest,
+        max_replicas=parameters.most,
         memory_fraction=_memory_fraction(parameters),
-        minimum_cpus=parameters.min_replicas * (parameters.cpus_per_replica or 1)
-        + parameters.ingress_min * INGRESS_CPUS,
+        minimum_cpus=parameters.fewest * (parameters.cpus_per_replica or 1) + parameters.ingress_min * INGRESS_CPUS,
     )
 
 
@@ -54,23 +63,28 @@ def render(
     accelerator: Literal["rocm", "cuda", "cpu"],
     model_path: str,
     cache_path: str | None = None,
+    direct_streaming: bool = False,
 ) -> dict[str, Any]:
-    """One entry of `applications`; `cache_path` is where the engine keeps what it compiles, on every host.
+    """One entry of `applications`; `cache_path` is where the engine keeps what it compiles, on every host. With
+    `direct_streaming` Ray LLM builds no ingress: requests go to the server's replicas at once.
 
     Serve hashes `args` and `runtime_env` of an app and restarts all its replicas when they change. So what
     the engine is stands there, and how many replicas run and how they are looked after stands under
     `deployments`, where a change is applied to the running ones.
     """
     environment = _environment(parameters, accelerator, cache_path)
-    return {
+    app: dict[str, Any] = {
         "name": name,
         "route_prefix": route_prefix,
         "import_path": IMPORT_PATH,
         # For the task that builds the app and for the ingress; the engine gets the same through its config.
         "runtime_env": {"env_vars": environment},
         "args": {"llm_configs": [_llm_config(parameters, accelerator, model_path, environment)]},
-        "deployments": [_server(parameters), _ingress(parameters)],
+        "deployments": [_server(parameters)] + ([] if direct_streaming else [_ingress(parameters)]),
     }
+    if parameters.logging_config is not None:
+        app["logging_config"] = parameters.logging_config.model_dump(mode="json")
+    return app
 
 
 def _llm_config(
@@ -89,6 +103,8 @@ def _llm_config(
         config["accelerator_type"] = parameters.accelerator_type
     if parameters.server_class is not None:
         config["server_cls"] = parameters.server_class
+    if parameters.stream_batching_interval_ms is not None:
+        config["experimental_configs"] = {"stream_batching_interval_ms": parameters.stream_batching_interval_ms}
     return config
 
 
@@ -148,11 +164,29 @@ def _environment(parameters: LlmParameters, accelerator: str, cache_path: str | 
         environment["OMP_NUM_THREADS"] = str(max(1, int(parameters.cpus_per_replica or 1)))
     if parameters.gpu_fraction is not None:
         environment["VLLM_RAY_PER_WORKER_GPUS"] = f"{parameters.gpu_fraction:g}"
-    return {**environment, **parameters.environment}
+    return {**environment, **_timeouts(parameters), **parameters.environment}
 
 
-def _scaling(parameters: LlmParameters, low: int, high: int) -> dict[str, Any]:
-    scaling = {
+def _timeouts(parameters: LlmParameters) -> dict[str, str]:
+    """Nothing where nothing is said, so that no engine is replaced for a default."""
+    start, answer = parameters.engine_start_timeout_s, parameters.response_timeout_s
+    found: dict[str, str] = {}
+    if start is not None:
+        # vLLM waits for its engine process, and Ray LLM for vLLM.
+        found["VLLM_ENGINE_READY_TIMEOUT_S"] = str(start)
+        found["RAYLLM_ENGINE_START_TIMEOUT_S"] = str(start + 60)
+        answer = answer or RESPONSE_TIMEOUT_S + start
+    if answer is not None:
+        found["RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT"] = f"{answer:g}"
+    return found
+
+
+def _replicas(parameters: LlmParameters, low: int, high: int) -> dict[str, Any]:
+    """How many: a number, or what scaling goes by."""
+    if parameters.num_replicas is not None:
+        # Null, and not left out: Ray LLM's own scaling would stay in force beside the number.
+        return {"num_replicas": parameters.num_replicas, "autoscaling_config": None}
+    scaling: dict[str, Any] = {
         "min_replicas": low,
         "max_replicas": high,
         "target_ongoing_requests": parameters.target_ongoing_requests,
@@ -161,19 +195,27 @@ def _scaling(parameters: LlmParameters, low: int, high: int) -> dict[str, Any]:
     }
     if parameters.initial_replicas is not None:
         scaling["initial_replicas"] = min(max(parameters.initial_replicas, low), high)
-    return scaling
+    if parameters.downscale_to_zero_delay_s is not None:
+        scaling["downscale_to_zero_delay_s"] = parameters.downscale_to_zero_delay_s
+    return {"autoscaling_config": scaling}
+
+
+def _rollout(parameters: LlmParameters) -> dict[str, Any]:
+    given = {name: getattr(parameters, name) for name in RAY_2_60}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _server(parameters: LlmParameters) -> dict[str, Any]:
     server: dict[str, Any] = {
         "name": deployment_name(parameters.model_id, parameters.server_class),
-        "autoscaling_config": _scaling(parameters, parameters.min_replicas, parameters.max_replicas),
+        **_replicas(parameters, parameters.min_replicas, parameters.max_replicas),
         "max_ongoing_requests": parameters.max_ongoing_requests,
         "max_queued_requests": parameters.max_queued_requests,
         "health_check_period_s": parameters.health_check_period_s,
         "health_check_timeout_s": parameters.health_check_timeout_s,
         "graceful_shutdown_wait_loop_s": parameters.graceful_shutdown_wait_loop_s,
         "graceful_shutdown_timeout_s": parameters.graceful_shutdown_timeout_s,
+        **_rollout(parameters),
     }
     if parameters.user_config:
         server["user_config"] = parameters.user_config
@@ -186,8 +228,9 @@ def _ingress(parameters: LlmParameters) -> dict[str, Any]:
     to end them."""
     return {
         "name": INGRESS,
-        "autoscaling_config": _scaling(parameters, parameters.ingress_min, parameters.ingress_max),
+        **_replicas(parameters, parameters.ingress_min, parameters.ingress_max),
         "ray_actor_options": {"num_cpus": INGRESS_CPUS},
         "graceful_shutdown_wait_loop_s": parameters.graceful_shutdown_wait_loop_s,
         "graceful_shutdown_timeout_s": parameters.graceful_shutdown_timeout_s,
+        **_rollout(parameters),
     }

@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"clusterkit.fleet", "clusterkit.node_provider"}),
     frozenset({f"clusterkit.{name}" for name in ("workspace", "debian", "transfer", "tunnel", "registry")}),
     frozenset({"clusterkit.spec"}),
-    frozenset({"clusterkit.render", "clusterkit.wheels", "clusterkit.stacks", "clusterkit.image_plan"}),
+    frozenset({f"clusterkit.{name}" for name in ("render", "wheels", "stacks", "image_plan", "app_code")}),
     frozenset({"clusterkit.inventory_file", "clusterkit.images"}),
     frozenset({"clusterkit.runner", "clusterkit.lab", "clusterkit.scaffold", "clusterkit.verify", "clusterkit.report"}),
     frozenset({"clusterkit.plan"}),
@@ -31,7 +31,8 @@ LAYERS: tuple[frozenset[str], ...] = (
 OWNERS = {
     "ansible_runner": ("clusterkit.runner",),
     "ansible": (),
-    "ray": ("clusterkit.node_provider",),
+    # Of a template, what runs in replicas.
+    "ray": ("clusterkit.node_provider", "serve_apps.embeddings.app"),
     "sushy": ("clusterkit.fleet.power",),
     "docker": ("clusterkit.lab",),
     "typer": ("clusterkit.cli",),
@@ -196,7 +197,7 @@ def test_every_module_is_looked_at() -> None:
         ("clusterkit.node_provider.client", "from clusterkit.errors import UsageError", "runs without it"),
         ("clusterkit.node_provider.client", "import pydantic", "clusterkit.node_provider runs without it"),
         ("clusterkit.node_provider.client", "from clusterkit.fleet import config", "beside it"),
-        ("clusterkit.render.serve", "import ray", "only clusterkit.node_provider may"),
+        ("clusterkit.render.serve", "import ray", "imports ray: only clusterkit.node_provider"),
         ("serve_apps.llm.template", "from clusterkit.spec.facts import Accelerator", "knows nothing of the kit"),
         ("serve_apps.llm.template", "import ansible", "only the targets may"),
     ],

@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from serve_apps import template as templates
 from serve_apps.llm.parameters import ACCELERATOR_TYPES, LlmParameters, nearest_accelerator
-from serve_apps.llm.template import demand, deployment_name, model_source, render
+from serve_apps.llm.template import demand, deployment_name, model_source, ray_needs, render
 
 MADE = {"make": "tiny-llama"}
+# Apps as earlier releases rendered them.
+GOLDEN = json.loads((Path(__file__).parent / "golden/llm-apps.json").read_text())
 
 
 def parameters(**given: Any) -> LlmParameters:
@@ -41,8 +43,9 @@ def deployments(app: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def engine_identity(app: dict[str, Any]) -> str:
-    """What Serve hashes: a change in it restarts every replica."""
-    return json.dumps([app["import_path"], app["runtime_env"], app["args"]], sort_keys=True)
+    """What Serve hashes (ray 2.60.0, get_app_code_version): a change in it restarts every replica."""
+    scaled = [item["autoscaling_config"].get("policy") for item in app["deployments"] if item["autoscaling_config"]]
+    return json.dumps([app["import_path"], app["runtime_env"], app["args"], scaled], sort_keys=True)
 
 
 # --------------------------------------------------------------------------- render
@@ -157,6 +160,8 @@ LIGHT_EDITS: list[dict[str, Any]] = [
     {"max_ongoing_requests": 32, "max_queued_requests": 100},
     {"health_check_period_s": 1, "health_check_timeout_s": 99},
     {"graceful_shutdown_wait_loop_s": 1, "graceful_shutdown_timeout_s": 5},
+    {"downscale_to_zero_delay_s": 60},
+    {"rolling_update_percentage": 1, "max_surge_percent": 100},
 ]
 
 
@@ -209,6 +214,102 @@ def test_the_ingress_goes_with_the_model() -> None:
 def test_a_stream_is_not_cut_at_the_ingress() -> None:
     found = deployments(rendered(graceful_shutdown_timeout_s=1234))
     assert {item["graceful_shutdown_timeout_s"] for item in found.values()} == {1234}
+
+
+@pytest.mark.parametrize(
+    ("kind", "accelerator", "given"),
+    [
+        (
+            "gpu",
+            "rocm",
+            {
+                "accelerator_type": "AMD-Instinct-MI300X-OAM",
+                "tensor_parallel": 4,
+                "max_replicas": 4,
+                "engine_kwargs": {"max_model_len": 32768},
+            },
+        ),
+        ("cpu", "cpu", {"engine_kwargs": {"max_model_len": 1024}}),
+        (
+            "fraction",
+            "cuda",
+            {
+                "gpu_fraction": 0.5,
+                "min_replicas": 0,
+                "max_replicas": 6,
+                "initial_replicas": 2,
+                "server_class": "own:Server",
+                "user_config": {"a": 1},
+                "environment": {"A": "b"},
+            },
+        ),
+    ],
+)
+def test_what_runs_already_is_rendered_as_it_was(kind: str, accelerator: Any, given: dict[str, Any]) -> None:
+    """Other words in `args` or `runtime_env` would replace the replicas of every cluster that takes this release."""
+    app = render(
+        name="app",
+        route_prefix="/",
+        parameters=parameters(**given),
+        accelerator=accelerator,
+        model_path="/srv/models/tiny",
+        cache_path="/kept/abc",
+    )
+    assert app == GOLDEN[kind]
+
+
+def test_a_fixed_number_of_replicas() -> None:
+    fixed = deployments(rendered(num_replicas=3))
+    for deployment in fixed.values():
+        # Null, and not left out: Ray LLM's own scaling would stay in force beside the number.
+        assert (deployment["num_replicas"], deployment["autoscaling_config"]) == (3, None)
+    assert engine_identity(rendered(num_replicas=3)) == engine_identity(rendered(num_replicas=1))
+    assert engine_identity(rendered(num_replicas=3)) != engine_identity(rendered()), "as the README says"
+    found = demand(parameters(num_replicas=3))
+    assert (found.min_replicas, found.max_replicas) == (3, 3)
+    assert found.minimum_cpus == demand(parameters(min_replicas=3, max_replicas=3)).minimum_cpus
+
+
+def test_the_last_replica_may_stay_longer() -> None:
+    for deployment in deployments(rendered(min_replicas=0, downscale_to_zero_delay_s=3600)).values():
+        assert deployment["autoscaling_config"]["downscale_to_zero_delay_s"] == 3600
+
+
+def test_an_app_behind_haproxy_that_streams_directly_has_no_ingress() -> None:
+    """Serve refuses an override of a deployment that is not there."""
+    given: dict[str, Any] = {"name": "app", "route_prefix": "/", "parameters": parameters(), "accelerator": "cpu"}
+    app = render(**given, model_path="/m", direct_streaming=True)
+    assert list(deployments(app)) == ["LLMServer:tiny"]
+    assert set(app["args"]) == {"llm_configs"}, "Ray LLM refuses options of an ingress there"
+    assert len(app["args"]["llm_configs"]) == 1
+
+
+def test_a_slow_engine_gets_its_time() -> None:
+    environment = rendered(engine_start_timeout_s=1800)["runtime_env"]["env_vars"]
+    assert environment["VLLM_ENGINE_READY_TIMEOUT_S"] == "1800"
+    assert int(environment["RAYLLM_ENGINE_START_TIMEOUT_S"]) > 1800
+    # Who woke the engine waits for it, and then for the answer.
+    assert environment["RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT"] == "2400"
+    own = rendered(engine_start_timeout_s=1800, response_timeout_s=90)["runtime_env"]["env_vars"]
+    assert own["RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT"] == "90"
+
+
+def test_what_is_about_streams_logs_and_rollouts() -> None:
+    app = rendered(stream_batching_interval_ms=0, logging_config={"log_level": "DEBUG"}, max_surge_percent=50)
+    assert llm_config(app)["experimental_configs"] == {"stream_batching_interval_ms": 0}
+    assert app["logging_config"]["log_level"] == "DEBUG"
+    assert {item["max_surge_percent"] for item in app["deployments"]} == {50}
+    assert not {"rolling_update_percentage", "logging_config"} & set(app["deployments"][0])
+    json.dumps(app)
+
+
+def test_only_what_is_said_needs_a_newer_ray() -> None:
+    assert ray_needs(parameters()) == []
+    needs = ray_needs(parameters(max_surge_percent=0, rolling_update_percentage=0.5))
+    assert {(need.parameter, need.ray) for need in needs} == {
+        ("rolling_update_percentage", "2.60.0"),
+        ("max_surge_percent", "2.60.0"),
+    }
 
 
 # --------------------------------------------------------------------------- demand and source
@@ -304,6 +405,12 @@ def test_what_an_engine_compiles_stays_in_its_folder(accelerator: Any) -> None:
         ({"health_check_timeout_s": "30s"}, "health_check_timeout_s"),
         ({"target_num_ongoing_requests_per_replica": 3}, "Extra inputs"),
         ({"max_queued_requests": -2}, "greater than or equal to -1"),
+        ({"num_replicas": 2, "min_replicas": 1, "upscale_delay_s": 1}, "take out min_replicas and upscale_delay_s"),
+        ({"num_replicas": 0}, "greater than or equal to 1"),
+        ({"max_replicas_per_node": 1}, "Serve refuses it for replicas with a placement group"),
+        ({"max_surge_percent": 101}, "less than or equal to 100"),
+        ({"rolling_update_percentage": 20}, "less than or equal to 1"),
+        ({"logging_config": {"log_level": "LOUD"}}, "log_level"),
     ],
 )
 def test_mistakes_are_refused(given: dict[str, Any], says: str) -> None:

@@ -1,0 +1,155 @@
+"""The code that an app imports, as one zip named by its digest: the same files are the same zip, on any machine."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from clusterkit import workspace
+from clusterkit.errors import UsageError
+from clusterkit.spec.cluster import Code
+from serve_apps.template import AppCode
+
+# It goes to every host, and each replica's environment unpacks it: weights have a way of their own.
+LIMIT_MIB = 32
+# Ray takes away a folder that is the only one at the top (ray 2.60.0, _private/runtime_env/packaging.py,
+# unzip_package), which would be the package itself where there is one only. This one is there for that.
+TOP = "app"
+# Of a template's folder, what only the controller reads: another wording there restarts no replica.
+CONTROLLER_ONLY = ("template.py", "parameters.py")
+# The earliest that a zip can say.
+TIME = (1980, 1, 1, 0, 0, 0)
+
+
+def read(wanted: AppCode, inventories: Sequence[str]) -> Code:
+    """Reads and packs; relative folders begin at that of the first inventory. UsageError where the folder is not
+    there, too large, leads out of itself, or would be read as an inventory."""
+    if wanted.template:
+        return Code(digest=_digest(_kit(wanted.template)), template=wanted.template)
+    sources = [Path(source).absolute() for source in inventories if Path(source).exists()]
+    homes = [source if source.is_dir() else source.parent for source in sources]
+    folder = Path(os.path.normpath((homes or [Path.cwd()])[0] / Path(wanted.folder).expanduser()))
+    inside = next((source for source in sources if folder.is_relative_to(source)), None)
+    if inside is not None:
+        raise UsageError(
+            f"{folder} lies in the inventory {inside}, and Ansible reads all of that as inventory, or runs it",
+            hint=f"move the code beside it, and name it so: ../{folder.name}",
+        )
+    files = _site(folder)
+    _has_module(files, wanted.module, folder)
+    return Code(digest=_digest(files), folder=str(folder))
+
+
+def archive(code: Code) -> bytes:
+    """The zip. UsageError where the files are no longer those that `read` saw."""
+    files = _kit(code.template) if code.template else _site(Path(code.folder))
+    packed = pack(files)
+    if hashlib.sha256(packed).hexdigest() != code.digest:
+        raise UsageError(
+            f"{code.folder or code.template} was changed while this run went on",
+            hint="run the same again; it takes the code as it is then",
+        )
+    return packed
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """A zip with nothing in it that a clock, a machine or a version of zlib could make different."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(f"{TOP}/{name}", TIME)
+            entry.create_system = 3
+            entry.external_attr = (stat.S_IFREG | 0o644) << 16
+            target.writestr(entry, files[name])
+    return out.getvalue()
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    return hashlib.sha256(pack(files)).hexdigest()
+
+
+def _kit(template: str) -> dict[str, bytes]:
+    package = workspace.ROOT / "serve_apps"
+    modules = [path for path in sorted((package / template).glob("*.py")) if path.name not in CONTROLLER_ONLY]
+    paths = [package / "__init__.py", *modules]
+    return {str(path.relative_to(workspace.ROOT)): path.read_bytes() for path in paths}
+
+
+def _site(folder: Path) -> dict[str, bytes]:
+    if not folder.is_dir():
+        raise UsageError(
+            f"there is no folder {folder} on the controller",
+            hint="name one that is there: absolute, or relative to the inventory's folder",
+        )
+    try:
+        found = dict(_walk(folder.resolve()))
+        sizes = {name: path.stat().st_size for name, path in found.items()}
+        _small(sizes, folder)
+        return {name: path.read_bytes() for name, path in found.items()}
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder} cannot be read: {error.strerror}", hint="let this user read it"
+        ) from None
+
+
+def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+    """(name in the zip, file) of everything but caches and what is hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for where, folders, names in os.walk(root, onerror=refuse):
+        here = Path(where)
+        kept = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        folders[:] = [name for name in kept if not (here / name).is_symlink()]
+        links = [name for name in kept if (here / name).is_symlink()]
+        for name in [*links, *(name for name in names if not name.startswith(".") and not name.endswith(".pyc"))]:
+            path, shown = here / name, str((here / name).relative_to(root))
+            if "\\" in shown or not shown.isprintable():
+                raise UsageError(f"the name {shown!r} cannot stand in a zip", hint="give the file another name")
+            if path.is_symlink():
+                _stays_inside(path, root, shown)
+            if not path.is_file():
+                raise UsageError(f"{path} is no plain file", hint="take it out of the folder of the code")
+            yield shown, path
+
+
+def _stays_inside(path: Path, root: Path, shown: str) -> None:
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(root):
+        problem = f"the link {shown} leads out of {root}, to {target}"
+    elif not target.is_file():
+        problem = f"the link {shown} leads to {target}, which is no file"
+    else:
+        return
+    raise UsageError(problem, hint="put the files themselves into the folder")
+
+
+def _small(sizes: Mapping[str, int], folder: Path) -> None:
+    if not sizes:
+        raise UsageError(
+            f"{folder} holds no file that is taken along (what is hidden is not)", hint="put the app's code there"
+        )
+    total, largest = sum(sizes.values()), max(sizes, key=lambda name: sizes[name])
+    if total > LIMIT_MIB * 2**20:
+        raise UsageError(
+            f"{folder} holds {total / 2**20:.1f} MiB in {len(sizes)} files, and code may have {LIMIT_MIB} MiB; the "
+            f"largest is {largest} with {sizes[largest] / 2**20:.1f} MiB",
+            hint="leave what is no code out of this folder: hidden files and __pycache__ do not count, and data has "
+            "its place on the hosts",
+        )
+
+
+def _has_module(files: Mapping[str, bytes], module: str, folder: Path) -> None:
+    """Serve would say it only after the code has gone to every host."""
+    path = module.replace(".", "/")
+    if module and not {f"{path}.py", f"{path}/__init__.py"} & files.keys():
+        raise UsageError(
+            f"there is no module {module} in {folder}: neither {path}.py nor {path}/__init__.py",
+            hint="correct import_path, or the folder; the folder itself is what imports begin at",
+        )
