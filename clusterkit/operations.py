@@ -21,6 +21,10 @@ OnEvent = Callable[[Event], None]
 
 PROBE_TASK = "Ask every proxy that holds a replica"
 STATUS_TASK = "Ask Ray"
+APPS_TASK = "Compare the apps"
+ROLLBACK_TASK = "Apply an earlier Serve config"
+# All that an app needs of a cluster that runs.
+APP_TAGS = "model_store,app_code,serve_apps,verify"
 FLEET_TASK = "Ask the fleet"
 AGENT_TASK = "Ask the agent"
 NODE_TASK = "Read the node's state"
@@ -185,6 +189,94 @@ def serve_config(inventory: str, options: Options | None = None, *, on_event: On
     """The Serve config that `deploy` would apply."""
     config: dict[str, Any] = validate(inventory, options, on_event=on_event)["serve_config"]
     return config
+
+
+# --------------------------------------------------------------------------- apps
+
+
+@dataclass(frozen=True)
+class Apps:
+    """The apps as they run, and what an `apply` would do to them.
+
+    apps       each with name, status, message, route_prefix, since, model, declared, deployments
+    changes    what differs: what, name, wanted, actual; `disrupts` where replicas are replaced, `note` how;
+               `left` where it needs consent
+    rollouts   apps whose replicas would be replaced: app, how, room, deployments, missing, seconds
+    history    what was applied, oldest first; `runs` is the number in it of what runs
+    effective  every option that Ray runs with, defaults included
+    """
+
+    reachable: bool
+    apps: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    runs: int | None = None
+    effective: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """An earlier config runs: its number in the history, and what was changed for it."""
+
+    number: int
+    changed: bool
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    log: Path | None = None
+
+
+def apps(inventory: str, options: Options | None = None, *, on_event: OnEvent = _quiet) -> Apps:
+    """Look at the apps. A cluster that does not run is no error."""
+    result = runner.run("apps.yml", inventory, options, on_event=on_event)
+    seen = _first(result, APPS_TASK)
+    declared = {app["name"]: app for app in _cluster(result).get("apps", [])}
+    running = seen.get("applications", {})
+    return Apps(
+        reachable=bool(seen.get("reachable")),
+        apps=[
+            {**app, "model": declared.get(name, {}).get("model_id") or None, "declared": name in declared}
+            for name, app in sorted(running.items())
+        ],
+        changes=seen.get("changes", []),
+        rollouts=seen.get("rollouts", []),
+        history=seen.get("history", []),
+        runs=seen.get("runs"),
+        effective=seen.get("effective", {}),
+    )
+
+
+def apply_apps(
+    inventory: str,
+    options: Options | None = None,
+    *,
+    rollout: str | None = None,
+    skip_off: bool = False,
+    on_event: OnEvent = _quiet,
+) -> Deployed:
+    """Bring weights, code and apps to what the inventory says, and ask for an answer. No node is restarted.
+
+    `rollout` is how replicas are replaced, for this time. Raises RunFailed with each app's own message where an app
+    does not come up; what ran before was put back then.
+    """
+    given = replace(options or Options(), tags=APP_TAGS)
+    if rollout:
+        given = replace(given, extra_vars=(*given.extra_vars, json.dumps({"serve_apps_rollout": rollout})))
+    if skip_off:
+        given = replace(given, extra_vars=(*given.extra_vars, "skip_off=true"))
+    return deploy(inventory, given, on_event=on_event)
+
+
+def rollback_apps(
+    inventory: str, options: Options | None = None, *, number: int | None = None, on_event: OnEvent = _quiet
+) -> RolledBack:
+    """Apply a config of the history again: `number`, or the newest that ran and is not what runs. Raises RunFailed
+    where there is none, or it does not come up."""
+    given = options or Options()
+    if number is not None:
+        given = replace(given, extra_vars=(*given.extra_vars, json.dumps({"serve_apps_number": number})))
+    result = runner.run("rollback.yml", inventory, given, on_event=on_event)
+    done = _first(result, ROLLBACK_TASK)
+    return RolledBack(int(done["number"]), bool(done.get("changed")), done.get("changes", []), result.log)
 
 
 def _cluster(result: Result) -> dict[str, Any]:

@@ -11,6 +11,7 @@
                  diff      unified, of a file; "" otherwise
                  disrupts  what it would stop: node (Ray on that host), docker, host, app; often empty
                  left      true: a converge lists it and leaves it, for want of consent
+                 note      of an app: how its replicas are replaced, and what is missing meanwhile; "" otherwise
     disruptions  per host, what a converge would stop; each has
                  host, what (node, docker, host, app), because (the changes behind it),
                  replicas  app → number of replicas on that host that go with it; null where nobody could be asked
@@ -87,6 +88,7 @@ class Change:
     diff: str = ""
     disrupts: tuple[str, ...] = ()
     left: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ def _told(base: Change, item: Mapping[str, Any]) -> Change:
         diff=diff,
         disrupts=_words(item.get("disrupts")) or base.disrupts,
         left=bool(item.get("left")),
+        note=str(item.get("note", "")),
     )
 
 

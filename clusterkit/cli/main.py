@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clusterkit import operations, workspace
+from clusterkit.cli import app as app_verbs
 from clusterkit.cli import host as host_verbs
 from clusterkit.cli import image, init, lab, output, plan, status
 from clusterkit.cli.options import READS, RUNS, Given, Inventory, Json, takes
@@ -32,6 +33,7 @@ app = typer.Typer(
 render = typer.Typer(help="Show what would be applied.", no_args_is_help=True)
 app.add_typer(render, name="render")
 app.add_typer(lab.app, name="lab")
+app.add_typer(app_verbs.app, name="app")
 app.add_typer(host_verbs.app, name="host")
 app.add_typer(image.app, name="image")
 app.command()(init.init)

@@ -96,6 +96,8 @@ def _show_change(change: Change) -> None:
     else:
         said = f"{change.what} {change.name}: {_against(change)}"
     output.out.print(f"    {mark}{escape(_cut(said))}")
+    if change.note:
+        output.out.print(f"      {change.note}", markup=False, style="yellow")
     # What is not there yet is in the checkout, or in --json.
     for line in [] if new else lines[:SHOWN_LINES]:
         output.out.print(f"      {_cut(line)}", markup=False, style=_style(line))

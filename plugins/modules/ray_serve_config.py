@@ -10,14 +10,19 @@ description:
   - Before that, Ray's own schema checks the config in the environment of the head. Keys that the schema does
     not know are refused; Serve itself ignores them.
   - Waits until every app is RUNNING and each of its deployments HEALTHY, and fails with Serve's own messages.
+  - With I(history), a config that does not come up is taken back: the newest one that ran is sent again, and the
+    task fails all the same. Where none ran before, things are left as they are.
   - An app that failed is deployed again although its config is the same.
+  - An app that stays as it is gets exactly the config again that it runs with.
 author:
   - clusterkit
 options:
   state:
-    description: C(absent) shuts Serve down, with all apps.
+    description:
+      - C(absent) shuts Serve down, with all apps.
+      - C(restored) sends a config of I(history) again, in place of I(config).
     type: str
-    choices: [present, absent]
+    choices: [present, absent, restored]
     default: present
   url:
     description: Ray's dashboard on the head.
@@ -29,8 +34,40 @@ options:
   config:
     description: The whole config as for C(PUT /api/serve/applications/). Required for I(state=present).
     type: dict
+  history:
+    description: >-
+      Folder on the head for the last 20 configs, with how each went. Files of their owner alone: configs may hold
+      secrets. Without it nothing is noted, and nothing restored. Required for I(state=restored).
+    type: path
+  number:
+    description: >-
+      The config of I(history) that I(state=restored) sends again. Without it the newest that ran and is not the one
+      that runs now.
+    type: int
+  rollout:
+    description:
+      - How replicas are replaced whose config changed. C(surge) starts new ones first, and waits where there is no
+        room; C(in_place) stops old ones first, a fifth at a time; C(one_at_a_time) does that with single ones.
+        C(auto) is C(surge) where the nodes have room for one more replica of each deployment, else C(in_place).
+      - C(surge) and C(one_at_a_time) need a Ray that knows C(max_surge_percent), such as 2.60.
+      - A deployment that the config does not name, or whose own options say it, is left to that.
+    type: str
+    choices: [auto, surge, in_place, one_at_a_time]
+    default: auto
+  max_workers:
+    description: How many worker nodes there may be, where nodes come as they are needed; 0 where they do not.
+    type: int
+    default: 0
+  restart_serve:
+    description: Consent to restart Serve, with all apps, for options that are fixed while it runs.
+    type: bool
+    default: false
+  details:
+    description: Return I(history), I(runs) and I(effective), too.
+    type: bool
+    default: false
   ray_python:
-    description: Interpreter of the head's Ray environment. Required for I(state=present).
+    description: Interpreter of the head's Ray environment. Not needed for I(state=absent).
     type: path
   environment:
     description: >-
@@ -51,7 +88,7 @@ attributes:
     support: full
 notes:
   - C(http_options), C(grpc_options) and C(proxy_location) are fixed from the moment Serve starts. A difference
-    in them fails the task; apply I(state=absent) first, which stops all apps.
+    in them fails the task, unless I(restart_serve) is given; check mode lists it.
   - Apps that were started by a program and not through this API are left alone.
 """
 
@@ -67,6 +104,13 @@ EXAMPLES = r"""
         - name: hello
           route_prefix: /hello
           import_path: hello:app
+
+- name: Put the config back that ran before
+  ray_serve_config:
+    state: restored
+    history: /var/lib/clusterkit/serve_history
+    token_file: /etc/clusterkit/token
+    ray_python: /opt/clusterkit/ray-env/bin/python
 
 - name: Shut Serve down
   ray_serve_config:
@@ -89,10 +133,46 @@ plan:
 changes:
   description: >-
     What differs, each with C(what), C(name), C(wanted) and C(actual), of a changed app only the keys that changed;
-    C(disrupts) where running replicas are stopped or replaced. Values that look secret are hidden.
+    C(disrupts) where running replicas are stopped or replaced, and then C(note) with how. Values that look secret
+    are hidden.
   returned: always
   type: list
   elements: dict
+rollouts:
+  description: >-
+    Apps whose replicas are replaced, each with C(app), C(how) (as in I(rollout)), C(room) (replicas that have a place
+    beside the old ones; none where nobody could say), C(deployments) (replicas of each that is replaced), C(missing)
+    (what is not there meanwhile, in words) and C(seconds) (the last rollout of it; none where none was seen).
+  returned: always
+  type: list
+  elements: dict
+number:
+  description: The number in I(history) of the config that was sent again.
+  returned: with I(state=restored)
+  type: int
+restored:
+  description: The number of the config in I(history) that was put back after a failure.
+  returned: when one was
+  type: int
+history:
+  description: >-
+    What was applied, oldest first: C(number), C(time), C(why), C(outcome) (started, good or failed), C(message),
+    C(restored), C(seconds) (by app), C(apps), C(digest). A started one was never seen to its end.
+  returned: with I(details)
+  type: list
+  elements: dict
+reachable:
+  description: Whether Ray answered.
+  returned: always
+  type: bool
+runs:
+  description: The number of the newest config in I(history) that is what runs; none where there is none.
+  returned: with I(details)
+  type: int
+effective:
+  description: What runs, by app and deployment, with every default that Ray adds; values that look secret are hidden.
+  returned: with I(details), when the cluster answered
+  type: dict
 applications:
   description: The apps as they run, by name.
   returned: when the cluster answered
@@ -103,6 +183,7 @@ applications:
       route_prefix: /hello
       status: RUNNING
       message: ""
+      since: "2026-11-22T06:16:22Z"
       deployments:
         Hello:
           status: HEALTHY
@@ -125,9 +206,12 @@ import time
 import urllib.error
 import urllib.request
 
+from ansible.module_utils import serve_history, serve_rollout
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.serve_history import History, digest, plain
 
 APPLICATIONS = "/api/serve/applications/"
+STATE = "/api/v0/%s?detail=true&limit=10000"
 # Serve takes these when it starts and ignores later changes.
 FIXED = ("proxy_location", "http_options", "grpc_options")
 # What Serve changes in a deployment without replacing its replicas: docs.ray.io, serve/advanced-guides/
@@ -145,7 +229,8 @@ SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY"
 SCHEMA_CHECK = r"""
 import json, sys, typing
 from pydantic import BaseModel, ValidationError
-from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+import ray
+from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 def models(annotation):
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -177,6 +262,8 @@ def app(data):
 
 given = json.load(sys.stdin)
 answer = {"unknown": unknown(ServeDeploySchema, given["config"], []), "errors": [], "want": None, "have": {}}
+answer["ray"] = ray.__version__
+answer["surge"] = "max_surge_percent" in DeploymentSchema.model_fields
 try:
     want = ServeDeploySchema.model_validate(given["config"])
     answer["want"] = {
@@ -210,6 +297,10 @@ class NotReachable(ServeError):
     """No cluster answers."""
 
 
+class Refused(ServeError):
+    """Serve did not take a config; what ran goes on running."""
+
+
 class Client:
     """Serve's REST API. `opener` is what opens a request; no proxy stands between the head and itself."""
 
@@ -228,15 +319,20 @@ class Client:
             raise ServeError("%s is no Ray dashboard: it answered %r" % (self.url, text[:200]))
         return answer
 
+    def state(self, kind):
+        """What Ray's state API lists: nodes, actors, placement_groups."""
+        answer = json.loads(self._ask("GET", 60, path=STATE % kind))
+        return answer["data"]["result"]["result"]
+
     def put(self, config):
         self._ask("PUT", 180, json.dumps(config).encode())
 
     def delete(self, timeout_s):
         self._ask("DELETE", timeout_s)
 
-    def _ask(self, method, timeout_s, body=None):
+    def _ask(self, method, timeout_s, body=None, path=APPLICATIONS):
         try:
-            request = urllib.request.Request(self.url + APPLICATIONS, data=body, method=method)
+            request = urllib.request.Request(self.url + path, data=body, method=method)
         except ValueError as error:
             raise ServeError("the url %s cannot be asked: %s" % (self.url, error)) from error
         request.add_header("User-Agent", "clusterkit")  # browsers get their environments blacked out
@@ -258,21 +354,22 @@ class Client:
 
     def _http_problem(self, method, error):
         text = error.read().decode("utf-8", "replace").strip()
+        problem = Refused if method == "PUT" else ServeError
         if error.code == 401:
-            return ServeError("Ray at %s wants a token and got none. Set token_file to the cluster's token" % self.url)
+            return problem("Ray at %s wants a token and got none. Set token_file to the cluster's token" % self.url)
         if error.code == 403:
-            return ServeError(
+            return problem(
                 "Ray at %s refuses the token. The head runs with another one than lies in token_file: "
                 "restart the head, or put its token there" % self.url
             )
         if error.code == 400 and method == "PUT":
-            return ServeError("Serve refused the config: %s" % text)
+            return problem("Serve refused the config: %s" % text)
         if error.code == 500 and method == "PUT":
-            return ServeError(
+            return problem(
                 "Serve failed on the config, most likely while it imported a policy that is not on the head's "
                 "PYTHONPATH: %s" % text[:2000]
             )
-        return ServeError("%s %s answered %d: %s" % (method, self.url + APPLICATIONS, error.code, text[:2000]))
+        return problem("%s %s answered %d: %s" % (method, error.url, error.code, text[:2000]))
 
 
 def plan(have, want):
@@ -282,7 +379,7 @@ def plan(have, want):
     for name in sorted(want["applications"]):
         if name not in running:
             done["added"].append(name)
-        elif (running[name].get("deployed_app_config") or {}) != want["applications"][name]:
+        elif plain(running[name].get("deployed_app_config") or {}) != plain(want["applications"][name]):
             done["changed"].append(name)
         elif running[name].get("status") == "DELETING":
             done["added"].append(name)
@@ -354,8 +451,8 @@ def difference(have, want, todo):
     """Ansible's diff, only of the apps that change."""
     names = todo["added"] + todo["changed"] + todo["removed"] + todo["failed"]
     running = have.get("applications") or {}
-    before = {name: running[name].get("deployed_app_config") for name in names if name in running}
-    after = {name: want["applications"][name] for name in names if name in want["applications"]}
+    before = {name: plain(running[name].get("deployed_app_config")) for name in names if name in running}
+    after = {name: plain(want["applications"][name]) for name in names if name in want["applications"]}
 
     def text(apps):
         return json.dumps(hide(apps), indent=2, sort_keys=True) + "\n" if apps else ""
@@ -386,29 +483,50 @@ def changed_keys(have, want):
     }
 
 
+def is_light(path):
+    """Does Serve change this key of an app without a new replica?"""
+    in_place = len(path) > 2 and path[0] == "deployments" and path[2] in LIGHT and path[3:4] != ("policy",)
+    return path[0] in ("route_prefix", "logging_config") or in_place
+
+
+def replaced(app, want, paths):
+    """Names of the running deployments whose replicas these changes stop, for others to start."""
+    have = app.get("deployed_app_config") or {}
+    names = sorted(app.get("deployments") or {})
+    if not replaces(have, want, paths):
+        return []
+    heavy = [path for path in paths if not is_light(path)]
+    if heavy and all(path[0] == "deployments" and len(path) > 2 and path[2] != "autoscaling_config" for path in heavy):
+        return [name for name in names if name in {path[1] for path in heavy}]
+    return names
+
+
 def replaces(have, want, paths):
     """Do these changes of an app stop its replicas, for others to start?"""
 
     def scaled(app):
         return sorted(item.get("name", "") for item in app.get("deployments") or [] if item.get("autoscaling_config"))
 
-    light = all(
-        path[0] == "route_prefix"
-        or (len(path) > 2 and path[0] == "deployments" and path[2] in LIGHT and path[3:4] != ("policy",))
-        for path in paths
-    )
     # Serve hashes the list of the deployments' policies, empty ones too.
-    return not light or scaled(have) != scaled(want)
+    return not all(is_light(path) for path in paths) or scaled(have) != scaled(want)
 
 
-def described(have, want, todo):
-    """What there is to do, for a plan: [{what, name, wanted, actual}], with `disrupts` where replicas are stopped."""
+def described(have, want, todo, rollouts=(), restart=False):
+    """What there is to do, for a plan: [{what, name, wanted, actual}], with `disrupts` where replicas are stopped.
+    restart: Serve may be restarted for options that are fixed while it runs."""
     running, found = have.get("applications") or {}, []
+    notes = {rollout["app"]: in_words(rollout) for rollout in rollouts}
+    for name, actual, wanted in todo.get("fixed", []):
+        item = {"what": "Serve option", "name": name, "wanted": wanted, "actual": actual}
+        found.append(item if restart else dict(item, left=True))
+    if restart and todo.get("fixed"):
+        for name in sorted(running):
+            found.append({"what": "app", "name": name, "wanted": "restarted with Serve", "disrupts": ["app"]})
     for name in todo["added"]:
         wanted = hide(want["applications"].get(name, {}))
         found.append({"what": "app", "name": name, "wanted": wanted, "actual": "missing"})
     for name in todo["changed"]:
-        old, new = running[name].get("deployed_app_config") or {}, want["applications"][name]
+        old, new = plain(running[name].get("deployed_app_config") or {}), plain(want["applications"][name])
         keys = changed_keys(old, new)
         change = {
             "what": "app",
@@ -416,7 +534,11 @@ def described(have, want, todo):
             "wanted": {".".join(path): pair[1] for path, pair in keys.items()},
             "actual": {".".join(path): pair[0] for path, pair in keys.items()},
         }
-        found.append(dict(change, disrupts=["app"]) if replaces(old, new, keys) else change)
+        if replaces(old, new, keys):
+            change["disrupts"] = ["app"]
+        if name in notes:
+            change["note"] = notes[name]
+        found.append(change)
     for name in todo["failed"]:
         found.append({"what": "app", "name": name, "wanted": "RUNNING", "actual": running[name].get("status")})
     for name in todo["removed"]:
@@ -453,9 +575,30 @@ def summary(have):
             "route_prefix": app.get("route_prefix"),
             "status": app.get("status"),
             "message": app.get("message", ""),
+            "since": at(app.get("last_deployed_time_s")),
             "deployments": deployments,
         }
     return apps
+
+
+def at(seconds):
+    return time.strftime(serve_history.TIME, time.gmtime(seconds)) if seconds else None
+
+
+def effective(have):
+    """What runs, with every default that Ray adds; without what looks secret."""
+    found = {name: have.get(name) for name in FIXED if have.get(name) is not None}
+    found["applications"] = {
+        name: {
+            "config": app.get("deployed_app_config"),
+            "deployments": {
+                label: deployment.get("deployment_config")
+                for label, deployment in sorted((app.get("deployments") or {}).items())
+            },
+        }
+        for name, app in sorted((have.get("applications") or {}).items())
+    }
+    return hide(found)
 
 
 def proxies(have):
@@ -505,10 +648,12 @@ def complaint(name, app):
     return "\n".join(lines)
 
 
-def wait_ready(client, names, before, timeout_s, clock=time.monotonic, sleep=time.sleep):
+def wait_ready(client, names, before, timeout_s, clock=time.monotonic, sleep=time.sleep, times=None):
     """Wait until the apps run; returns the last answer. `before` has the deploy times from before the PUT: a
-    failure that is older than the PUT is no news. A short outage of the dashboard is waited out as well."""
-    deadline = clock() + timeout_s
+    failure that is older than the PUT is no news. A short outage of the dashboard is waited out as well. `times`
+    gets the seconds until each app ran."""
+    began = clock()
+    deadline = began + timeout_s
     have, problem = {}, None
     while True:
         try:
@@ -521,6 +666,9 @@ def wait_ready(client, names, before, timeout_s, clock=time.monotonic, sleep=tim
             failed = [name for name in fresh if apps[name].get("status") == "DEPLOY_FAILED"]
             if failed:
                 raise ServeError("\n".join(complaint(name, apps[name]) for name in failed), have)
+            for name in fresh:
+                if times is not None and name not in times and is_ready(apps[name]):
+                    times[name] = round(clock() - began, 1)
             if len(fresh) == len(names) and all(is_ready(apps[name]) for name in names):
                 return have
         if clock() >= deadline:
@@ -551,8 +699,115 @@ def wait_gone(client, names, timeout_s, clock=time.monotonic, sleep=time.sleep):
         sleep(1)
 
 
-def apply(client, config, have, todo, timeout_s):
-    """Send the config and wait for what it asks for; returns the last answer."""
+def survey(client, have, want, todo, wish, max_workers=0, history=None):
+    """How the replicas of changed apps are to be replaced, and what that costs: see `rollouts` in RETURN."""
+    found, seen = [], None
+    for name in todo["changed"]:
+        app, new = have["applications"][name], want["applications"][name]
+        names = replaced(app, new, changed_keys(plain(app.get("deployed_app_config") or {}), plain(new)))
+        # Nothing runs that could be missed where no replica does.
+        up = {label: app["deployments"][label] for label in names}
+        up = {label: item for label, item in up.items() if running_replicas(item)}
+        if not names:
+            continue
+        seen = seen or (capacity(client, max_workers) if up else None)
+        targets = {label: item.get("target_num_replicas") or running_replicas(item) for label, item in up.items()}
+        room = room_for(seen, up, targets) if up and seen else None
+        how = serve_rollout.choose(own_surge(new, targets) or wish, room, bool(up))
+        found.append(
+            {
+                "app": name,
+                "how": how,
+                "room": room,
+                "deployments": targets,
+                "missing": serve_rollout.missing(how, targets),
+                "seconds": history.seconds(name) if history else None,
+            }
+        )
+    return found
+
+
+def own_surge(app, names):
+    """What the config itself says of these deployments; None where it leaves it to the rollout."""
+    items = [item for item in app.get("deployments") or [] if item.get("name") in names]
+    said = [item["max_surge_percent"] for item in items if "max_surge_percent" in item]
+    if not said:
+        return None
+    return serve_rollout.SURGE if min(said) > 0 else serve_rollout.IN_PLACE
+
+
+def running_replicas(deployment):
+    return sum(replica.get("state") == "RUNNING" for replica in deployment.get("replicas", []))
+
+
+def capacity(client, max_workers):
+    """What the nodes have free, or None where Ray does not say."""
+    try:
+        nodes, groups, actors = (client.state(kind) for kind in ("nodes", "placement_groups", "actors"))
+    except (ServeError, ValueError, KeyError, TypeError):
+        return None
+    workers = [node for node in nodes if node.get("state") == "ALIVE" and not node.get("is_head_node")]
+    free = serve_rollout.free(nodes, groups, actors)
+    return {"free": free, "groups": groups, "actors": actors, "growing": len(workers) < max_workers}
+
+
+def room_for(seen, deployments, targets):
+    """How many more replicas of all these deployments have a place at once; None where one cannot be looked at."""
+    demands = [serve_rollout.demand(item, seen["groups"], seen["actors"]) for item in deployments.values()]
+    if None in demands:
+        return None
+    found = serve_rollout.rooms(seen["free"], demands, serve_rollout.most(targets.values()))
+    # A node that comes for it has room for one.
+    return found or int(seen["growing"])
+
+
+def in_words(rollout):
+    """A rollout, for people."""
+    took = "the last one took %d s" % rollout["seconds"] if rollout["seconds"] else "no earlier one was timed"
+    if not rollout["deployments"]:
+        return "no replica of it runs now"
+    if rollout["how"] == serve_rollout.SURGE:
+        if rollout["room"]:
+            return "new replicas start before old ones stop; nothing is missing meanwhile (%s)" % took
+        return "new replicas start before old ones stop, and wait until there is room for them: there is none now"
+    why = "" if rollout["room"] else ", and there is no room for new ones beside them"
+    if rollout["room"] is None:
+        why = ", and nobody could say whether there is room for new ones beside them"
+    return "old replicas stop before new ones start%s. Until they run, %s (%s); requests wait" % (
+        why, rollout["missing"], took,
+    )  # fmt: skip
+
+
+def composed(config, have, todo, rollouts):
+    """The config to send: apps that stay get what they have, those that change are told how."""
+    how = {rollout["app"]: rollout for rollout in rollouts}
+    apps = []
+    for app in config.get("applications", []):
+        name = app.get("name")
+        if name in todo["unchanged"]:
+            app = have["applications"][name].get("sent") or app
+        elif name in how:
+            targets = how[name]["deployments"]
+            deployments = [
+                dict(serve_rollout.knobs(how[name]["how"], how[name]["room"], targets[item["name"]]), **item)
+                if item.get("name") in targets
+                else item
+                for item in app.get("deployments") or []
+            ]
+            app = dict(app, deployments=deployments) if deployments else app
+        apps.append(app)
+    return dict(config, applications=apps)
+
+
+def apply(client, config, have, todo, timeout_s, rollouts=(), times=None, ill=()):
+    """Send the config and wait for what it asks for, but not for those that are `ill`; returns the last answer."""
+    if todo["fixed"]:
+        client.delete(timeout_s)
+        have = wait_gone(client, None, timeout_s)
+        names = sorted(app["name"] for app in config["applications"])
+        todo = dict(todo, added=names, changed=[], removed=[], failed=[], unchanged=[])
+        rollouts = ()
+    config = composed(config, have, todo, rollouts)
     again = restartable(have, todo["failed"])
     if again:
         rest = [app for app in config["applications"] if app["name"] not in again]
@@ -566,7 +821,12 @@ def apply(client, config, have, todo, timeout_s):
     }
     client.put(config)
     wait_gone(client, todo["removed"], timeout_s)
-    return wait_ready(client, redeployed + todo["unchanged"], before, timeout_s)
+    seen = {}
+    well = [name for name in todo["unchanged"] if name not in ill]
+    have = wait_ready(client, redeployed + well, before, timeout_s, times=seen)
+    if times is not None:
+        times.update({name: seen[name] for name in redeployed if name in seen})
+    return have
 
 
 def read_token(path):
@@ -583,7 +843,8 @@ def read_token(path):
 
 
 def normalise(module, config, have):
-    """Both sides as Ray's schema sees them; refuses what the schema refuses or does not know."""
+    """Both sides as Ray's schema sees them, `have` in place; refuses what the schema refuses or does not know.
+    The answer has `want`, and of Ray `surge` and its version."""
     python = module.params["ray_python"]
     if not os.path.exists(python):
         raise ServeError("there is no Ray environment on the head: %s is missing" % python)
@@ -607,7 +868,11 @@ def normalise(module, config, have):
         problems.append("%s: no such key; Serve would ignore it. Known here: %s" % (path, ", ".join(known)))
     if problems:
         raise ServeError("the Serve config is wrong:\n" + "\n".join(problems))
-    return answer["want"], answer["have"]
+    for name, data in answer["have"].items():
+        app = have["applications"][name]
+        app["sent"] = app.get("sent") or app["deployed_app_config"]
+        app["deployed_app_config"] = data
+    return answer
 
 
 def ensure_absent(module, client, result):
@@ -615,6 +880,7 @@ def ensure_absent(module, client, result):
         have = client.get()
     except NotReachable:
         return  # no Ray, no Serve
+    result["reachable"] = True
     result["plan"]["removed"] = sorted(have["applications"])
     result["changed"] = bool(have.get("controller_info"))
     result["changes"] = described(have, {"applications": {}}, dict(result["plan"], capacity=False))
@@ -634,6 +900,8 @@ def ensure_present(module, client, result):
             raise
         module.warn("Ray does not answer yet: every app counts as added")
         have = {"applications": {}}
+    else:
+        result["reachable"] = True
     if module.check_mode and not os.path.exists(module.params["ray_python"]):
         module.warn("there is no Ray environment yet: the config was not checked against Ray's schema")
         names = [app["name"] for app in config.get("applications", [])]
@@ -645,46 +913,215 @@ def ensure_present(module, client, result):
             dict(result["plan"], capacity=False),
         )
         return
-    want, have_apps = normalise(module, config, have)
-    for name, data in have_apps.items():
-        have["applications"][name]["deployed_app_config"] = data
-    todo = plan(have, want)
+    converge(module, client, result, have, config, "applied")
+
+
+def ensure_restored(module, client, result):
+    have = client.get()
+    result["reachable"] = True
+    normalise(module, {"applications": []}, have)
+    history = History(module.params["history"])
+    entry = restorable(history, module.params["number"], running_digest(have))
+    result["number"] = entry["number"]
+    why = "number %d of %s again" % (entry["number"], entry["time"])
+    converge(module, client, result, have, entry["config"], why)
+
+
+def restorable(history, number, running):
+    """The entry that is to run again."""
+    good = [entry["number"] for entry in history.entries() if entry["outcome"] == serve_history.GOOD]
+    there = "those that ran are %s" % ", ".join(map(str, good)) if good else "none is known that ran"
+    if number is None:
+        entry = history.newest(serve_history.GOOD, other_than=running)
+        if entry is None:
+            raise ServeError("there is no earlier config to go back to: %s" % there)
+        return entry
+    entry = history.get(number)
+    if entry is None:
+        raise ServeError("the history has no config %d: %s" % (number, there))
+    if entry["outcome"] != serve_history.GOOD:
+        raise ServeError("config %d was never seen to run: %s" % (number, there))
+    return entry
+
+
+def running_digest(have):
+    """Of what runs, `have` as the schema sees it."""
+    configs = {name: app["deployed_app_config"] for name, app in declared(have).items()}
+    return digest(configs, have.get("target_capacity"))
+
+
+def declared(have):
+    """The apps that run by a config, by name."""
+    return {
+        name: app
+        for name, app in (have.get("applications") or {}).items()
+        if app.get("source", "declarative") == "declarative"
+        and app.get("deployed_app_config")
+        and app.get("status") != "DELETING"
+    }
+
+
+def note_running(history, have):
+    """What runs well and nobody noted, such as an older kit's config, can be gone back to as well."""
+    apps = list(declared(have).values())
+    mark, good = running_digest(have), history.newest(serve_history.GOOD)
+    if not apps or not all(is_ready(app) for app in apps) or (good and good["digest"] == mark):
+        return
+    config = {name: have[name] for name in FIXED if have.get(name) is not None}
+    if have.get("target_capacity") is not None:
+        config["target_capacity"] = have["target_capacity"]
+    history.add(dict(config, applications=[app["sent"] for app in apps]), mark, "found running", serve_history.GOOD)
+
+
+def begin(history, config, mark, why, todo, changed):
+    """The entry whose end is to be noted; None where the config ran before and nothing of it changes."""
+    good, newest = history.newest(serve_history.GOOD), history.newest()
+    same = not (todo["added"] or todo["changed"] or todo["removed"] or todo["capacity"] or todo["fixed"])
+    if good and good["digest"] == mark and same:
+        return None
+    if not changed and newest and newest["digest"] == mark and newest["outcome"] == serve_history.STARTED:
+        return newest  # of a run that was killed
+    return history.add(config, mark, why)
+
+
+def converge(module, client, result, have, config, why):
+    """Bring the cluster to the config, and note how that went."""
+    given = module.params
+    history = History(given["history"]) if given["history"] else None
+    answer = normalise(module, config, have)
+    want, todo = answer["want"], plan(have, answer["want"])
+    wish = wanted_rollout(given["rollout"], answer)
+    rollouts = survey(client, have, want, todo, wish, given["max_workers"], history)
     result["plan"] = {name: todo[name] for name in result["plan"]}
+    result["rollouts"] = rollouts
     result["diff"] = difference(have, want, todo)
-    result["changes"] = described(have, want, todo)
-    if todo["fixed"]:
-        raise ServeError(
-            "Serve runs with other options and takes new ones only when it starts: %s. Shut it down first with "
-            "state=absent, which stops all apps, then apply again"
-            % "; ".join("%s is %s, declared is %s" % tuple(item) for item in todo["fixed"])
-        )
-    result["changed"] = is_change(todo)
+    result["changes"] = described(have, want, todo, rollouts, given["restart_serve"])
+    restarts = bool(todo["fixed"]) and given["restart_serve"]
+    result["changed"] = is_change(todo) or restarts
     if not module.check_mode:
-        timeout_s = module.params["wait_timeout_s"]
+        if todo["fixed"] and not restarts:
+            raise ServeError(
+                "Serve runs with other options and takes new ones only when it starts: %s\nFix: give the consent to "
+                "stop all apps for it (clusterkit_allow_disruption=true), or declare what runs"
+                % "; ".join("%s is %s, declared is %s" % tuple(item) for item in todo["fixed"])
+            )
+        have = carry_out(module, client, result, have, config, want, todo, history, why)
+    # What was carried out runs; Serve's new answer did not go through the schema.
+    runs = running_digest(have) if module.check_mode else digest(want["applications"], want.get("target_capacity"))
+    tell(module, result, have, history, runs)
+
+
+def wanted_rollout(wish, answer):
+    """What of the wish this Ray can do."""
+    if answer.get("surge") or wish == serve_rollout.IN_PLACE:
+        return wish
+    if wish == serve_rollout.AUTO:
+        return serve_rollout.IN_PLACE
+    raise ServeError(
+        "Ray %s does not know max_surge_percent, and so no rollout %s\nFix: set it to auto or in_place, or take a "
+        "stack with Ray 2.60" % (answer.get("ray"), wish)
+    )
+
+
+def carry_out(module, client, result, have, config, want, todo, history, why):
+    """Apply the config, or see that it runs; where it does not, go back. Returns the last answer."""
+    timeout_s, entry, times = module.params["wait_timeout_s"], None, {}
+    mark = digest(want["applications"], want.get("target_capacity"))
+    if history:
         if result["changed"]:
-            have = apply(client, config, have, todo, timeout_s)
+            note_running(history, have)
+        entry = begin(history, config, mark, why, todo, result["changed"])
+    try:
+        if result["changed"]:
+            have = apply(client, config, have, todo, timeout_s, result["rollouts"], times)
         else:
             have = wait_ready(client, todo["unchanged"], {}, timeout_s)
+    except NotReachable:
+        raise  # nobody saw how it ended
+    except ServeError as error:
+        if entry is None:
+            raise
+        history.end(entry, serve_history.FAILED, str(error))
+        if isinstance(error, Refused):
+            raise
+        apps = (error.have or {}).get("applications") or {}
+        sent = todo["added"] + todo["changed"] + todo["failed"]
+        if sent and all(is_ready(apps.get(name)) for name in sent):
+            raise ServeError("%s\nThe apps that were changed run, and stay as declared" % error, error.have)
+        go_back(module, client, result, history, entry, error)
+    if entry:
+        history.end(entry, serve_history.GOOD, seconds=times)
+    return have
+
+
+def go_back(module, client, result, history, entry, error):
+    """Send the newest config again that ran. Always raises, with the reason why that was needed."""
+    good = history.newest(serve_history.GOOD)
+    fix = "\nFix: mend what is declared, and apply it again; the config that failed is number %d" % entry["number"]
+    if good is None or good["digest"] == entry["digest"]:
+        why = "no config is known that ran before" if good is None else "it is the config that ran last"
+        raise ServeError("%s\nEverything is left as it is now: %s%s" % (error, why, fix), error.have)
+    name = "number %d of %s" % (good["number"], good["time"])
+    try:
+        have = client.get()
+        answer = normalise(module, good["config"], have)
+        want, todo = answer["want"], plan(have, answer["want"])
+        if not module.params["restart_serve"]:
+            todo["fixed"] = []  # the apps alone
+        wish = wanted_rollout(module.params["rollout"], answer)
+        rollouts = survey(client, have, want, todo, wish, module.params["max_workers"])
+        # An app that was ill before and stays as it is keeps nobody waiting.
+        ill = [name for name in todo["unchanged"] if not is_ready(have["applications"][name])]
+        have = apply(client, good["config"], have, todo, module.params["wait_timeout_s"], rollouts, ill=ill)
+    except ServeError as second:
+        raise ServeError(
+            "%s\nThe config that ran before (%s) was sent again, and does not come up either:\n%s%s"
+            % (error, name, second, fix),
+            second.have or error.have,
+        )
+    history.end(entry, serve_history.FAILED, str(error), restored=good["number"])
+    result["restored"] = good["number"]
+    raise ServeError("%s\nThe config that ran before (%s) was put back, and runs%s" % (error, name, fix), have)
+
+
+def tell(module, result, have, history, mark):
     result.update(applications=summary(have), proxies=proxies(have))
+    if not module.params["details"]:
+        return
+    entries = history.entries() if history else []
+    # The answer after an apply is Serve's own words again, as the schema did not see them.
+    runs = [entry["number"] for entry in entries if entry["digest"] == mark]
+    result["effective"] = effective(have)
+    result["history"] = [serve_history.told(entry) for entry in entries]
+    result["runs"] = runs[-1] if runs else None
 
 
 def main():
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "absent", "restored"], "default": "present"},
             "url": {"type": "str", "default": "http://127.0.0.1:8265"},
             "token_file": {"type": "path", "no_log": False},
             "config": {"type": "dict"},
             "ray_python": {"type": "path"},
             "environment": {"type": "dict", "default": {}},
+            "history": {"type": "path"},
+            "number": {"type": "int"},
+            "rollout": {"type": "str", "choices": list(serve_rollout.CHOICES), "default": serve_rollout.AUTO},
+            "max_workers": {"type": "int", "default": 0},
+            "restart_serve": {"type": "bool", "default": False},
+            "details": {"type": "bool", "default": False},
             "wait_timeout_s": {"type": "int", "default": 900},
         },
-        required_if=[("state", "present", ("config", "ray_python"))],
+        required_if=[
+            ("state", "present", ("config", "ray_python")),
+            ("state", "restored", ("history", "ray_python")),
+        ],
         supports_check_mode=True,
     )
     lists = ("added", "changed", "removed", "failed", "unchanged", "foreign")
-    result = {"changed": False, "plan": {name: [] for name in lists}, "changes": []}
-    ensure = ensure_present if module.params["state"] == "present" else ensure_absent
+    result = {"changed": False, "reachable": False, "plan": {name: [] for name in lists}, "changes": [], "rollouts": []}
+    ensure = {"present": ensure_present, "absent": ensure_absent, "restored": ensure_restored}[module.params["state"]]
     try:
         token = None
         if not (module.check_mode and not os.path.exists(module.params["token_file"] or "/")):
@@ -694,6 +1131,8 @@ def main():
         if error.have:
             result.update(applications=summary(error.have), proxies=proxies(error.have))
         module.fail_json(msg=str(error), **result)
+    except OSError as error:
+        module.fail_json(msg="the history of configs cannot be kept: %s" % error, **result)
     module.exit_json(**result)
 
 

@@ -456,6 +456,12 @@ def run(
         "config": None,
         "ray_python": __file__,  # has to be there; the recorded schema check stands for it
         "environment": {},
+        "history": None,
+        "number": None,
+        "rollout": "auto",
+        "max_workers": 0,
+        "restart_serve": False,
+        "details": False,
         "wait_timeout_s": 60,
         **params,
     }
@@ -552,8 +558,263 @@ def test_options_that_cannot_change_fail_and_nothing_is_sent(
     done = run(dashboard, tmp_path, monkeypatch, config=config)
     assert done.failed
     assert "http_options.port is 8000, declared is 8001" in str(done)
-    assert "state=absent" in str(done)
+    assert "clusterkit_allow_disruption" in str(done)
     assert dashboard.sent == []
+
+
+def test_options_that_cannot_change_are_in_the_plan_and_restart_serve_by_consent(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have = recorded("running_hello")
+    config = config_of(have, http_options={"host": "127.0.0.1", "port": 8001})
+    dashboard.answers = [have]
+    planned = run(dashboard, tmp_path, monkeypatch, check_mode=True, config=config)
+    assert not planned.failed, planned
+    (option,) = planned.result["changes"]
+    assert (option["name"], option["actual"], option["wanted"]) == ("http_options.port", 8000, 8001)
+    assert (planned.result["changed"], option["left"]) == (False, True)
+
+    consent = run(dashboard, tmp_path, monkeypatch, check_mode=True, config=config, restart_serve=True)
+    assert consent.result["changed"] is True
+    assert [change.get("disrupts") for change in consent.result["changes"]] == [None, ["app"]]
+    assert dashboard.sent == []
+
+    dashboard.answers = [have, recorded("empty"), answer_with("hello", "RUNNING", 2.0)]
+    done = run(dashboard, tmp_path, monkeypatch, config=config, restart_serve=True)
+    assert not done.failed, done
+    assert dashboard.sent == [("DELETE", None), ("PUT", config)]
+
+
+class Silent:
+    """Ray, where it does not say what its nodes have."""
+
+    def state(self, kind: str) -> Any:
+        raise serve.ServeError(kind)
+
+
+@pytest.mark.parametrize(
+    ("own", "wish", "how"),
+    [({}, "auto", "in_place"), ({}, "surge", "surge"), ({"max_surge_percent": 50}, "auto", "surge")],
+)
+def test_what_the_config_says_of_its_rollout_comes_first(own: Json, wish: str, how: str) -> None:
+    have = recorded("running_hello")
+    want = wanted(have)
+    want["applications"]["hello"]["args"] = {"word": "other"}
+    want["applications"]["hello"]["deployments"][0].update(own)
+    todo = serve.plan(have, want)
+    (rollout,) = serve.survey(Silent(), have, want, todo, wish)
+    assert (rollout["how"], rollout["room"]) == (how, None)
+    assert ("nobody could say" in serve.in_words(rollout)) == (how == "in_place")
+    (app,) = serve.composed({"applications": list(want["applications"].values())}, have, todo, [rollout])[
+        "applications"
+    ]
+    assert (
+        app["deployments"][0].get("max_surge_percent")
+        == {"in_place": None, "surge": own.get("max_surge_percent", 100)}[how]
+    )
+
+
+# --------------------------------------------------------------------------- history
+
+
+class Serve(Dashboard):
+    """Serve as far as its answers go: what is sent runs, unless its arguments say `fail`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = 0.0
+        self.dies = False
+        self.answers = [{"applications": {}}]
+
+    def run(self, config: Json) -> None:
+        """What the next answers tell."""
+        self.clock += 1
+        have = copy.deepcopy(self.answers[-1])
+        before, apps = have["applications"], {}
+        for app in config["applications"]:
+            old = before.get(app["name"])
+            if old and old["deployed_app_config"] == app and old["status"] != "DEPLOY_FAILED":
+                apps[app["name"]] = old
+                continue
+            state = "DEPLOY_FAILED" if app.get("args", {}).get("fail") else "RUNNING"
+            apps[app["name"]] = {
+                **answer_with("hello", state, self.clock)["applications"]["hello"],
+                "message": "no weights" if state == "DEPLOY_FAILED" else "",
+                "deployed_app_config": app,
+                "deployments": {},
+            }
+        self.answers = [{**recorded("running_hello"), "applications": apps}]
+
+    def words(self) -> list[str]:
+        """The argument of each app that runs."""
+        return [app["deployed_app_config"]["args"]["word"] for app in self.answers[-1]["applications"].values()]
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    monkeypatch.setattr(serve.time, "sleep", lambda seconds: None)
+    running = Serve()
+    put = serve.Client.put
+
+    def sent(client: Any, config: Json) -> None:
+        put(client, config)
+        running.run(config)
+        if running.dies:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve.Client, "put", sent)
+    yield running
+    running.server.shutdown()
+    running.server.server_close()
+
+
+def says(word: str, **more: Any) -> Json:
+    app = {"name": "hello", "route_prefix": "/", "import_path": "hello:build", "args": {"word": word, **more}}
+    return {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [app]}
+
+
+@pytest.fixture
+def send(live: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exit]:
+    def applied(config: Json | None = None, **more: Any) -> Exit:
+        given = {"config": config, "history": str(tmp_path / "history"), "details": True, **more}
+        return run(live, tmp_path, monkeypatch, **given)
+
+    return applied
+
+
+def outcomes(done: Exit) -> list[tuple[int, str]]:
+    return [(entry["number"], entry["outcome"]) for entry in done.result["history"]]
+
+
+def test_a_failed_config_is_taken_back(live: Serve, send: Callable[..., Exit], tmp_path: Path) -> None:
+    assert not send(says("good")).failed
+    failed = send(says("bad", fail=True))
+    assert failed.failed
+    assert "app hello is DEPLOY_FAILED: no weights" in str(failed)
+    assert "The config that ran before (number 1 of" in str(failed)
+    assert failed.result["restored"] == 1
+    assert live.words() == ["good"]
+    again = send(says("good"))
+    assert (again.result["changed"], again.result["runs"]) == (False, 1)
+    assert outcomes(again) == [(1, "good"), (2, "failed")]
+    # They hold what the config holds: nobody else reads them.
+    files = sorted((tmp_path / "history").iterdir())
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o600, 0o600]
+    assert (tmp_path / "history").stat().st_mode & 0o777 == 0o700
+    assert not any("config" in entry for entry in again.result["history"])
+
+
+def test_without_a_history_nothing_is_taken_back(live: Serve, send: Callable[..., Exit]) -> None:
+    send(says("good"), history=None)
+    failed = send(says("bad", fail=True), history=None)
+    assert failed.failed
+    assert live.words() == ["bad"]
+
+
+def test_with_no_earlier_config_things_are_left(live: Serve, send: Callable[..., Exit]) -> None:
+    failed = send(says("bad", fail=True))
+    assert "Everything is left as it is now: no config is known that ran before" in str(failed)
+    assert live.words() == ["bad"]
+
+
+def test_what_an_older_kit_left_running_is_gone_back_to(live: Serve, send: Callable[..., Exit]) -> None:
+    live.run(says("old"))
+    send(says("bad", fail=True))
+    assert live.words() == ["old"]
+
+
+def test_a_config_that_fails_later_is_not_exchanged_for_an_older_one(live: Serve, send: Callable[..., Exit]) -> None:
+    send(says("older"))
+    send(says("newer"))
+    live.answers[-1]["applications"]["hello"]["status"] = "UNHEALTHY"
+    failed = send(says("newer"), wait_timeout_s=0)
+    assert failed.failed
+    assert live.words() == ["newer"]
+
+
+def test_a_run_that_was_killed_is_no_success_and_is_finished_by_the_next(
+    live: Serve, send: Callable[..., Exit]
+) -> None:
+    send(says("good"))
+    live.dies = True
+    with pytest.raises(KeyboardInterrupt):
+        send(says("next"))
+    live.dies = False
+    looked = send(says("next"), check_mode=True)
+    assert outcomes(looked) == [(1, "good"), (2, "started")]
+    assert outcomes(send(says("next"))) == [(1, "good"), (2, "good")]
+
+    live.dies = True
+    with pytest.raises(KeyboardInterrupt):
+        send(says("bad", fail=True))
+    live.dies = False
+    assert send(says("bad", fail=True)).failed
+    assert live.words() == ["next"]
+
+
+def test_another_apps_illness_takes_nothing_back(live: Serve, send: Callable[..., Exit]) -> None:
+    def two(word: str, **more: Any) -> Json:
+        config = says(word, **more)
+        return {**config, "applications": [*config["applications"], {**says("ill")["applications"][0], "name": "ill"}]}
+
+    send(two("good"))
+    live.answers[-1]["applications"]["ill"]["status"] = "DEPLOYING"
+    failed = send(two("better"), wait_timeout_s=0)
+    assert "app ill is DEPLOYING" in str(failed)
+    assert "The apps that were changed run, and stay as declared" in str(failed)
+    assert live.words() == ["better", "ill"]
+    # What failed by itself is taken back, and nobody waits for the other.
+    failed = send(two("bad", fail=True), wait_timeout_s=0)
+    assert "was put back, and runs" in str(failed)
+    assert live.words() == ["good", "ill"]
+
+
+def test_a_history_that_cannot_be_written_stops_before_anything_is_sent(
+    live: Serve, send: Callable[..., Exit], tmp_path: Path
+) -> None:
+    (tmp_path / "history").write_text("a file")
+    failed = send(says("good"))
+    assert "the history of configs cannot be kept" in str(failed)
+    assert live.sent == []
+
+
+def test_going_back(live: Serve, send: Callable[..., Exit]) -> None:
+    for word in ("one", "two", "three"):
+        send(says(word))
+    back = send(state="restored")
+    assert (back.result["number"], live.words()) == (2, ["two"])
+    first = send(state="restored", number=1)
+    assert (first.result["changed"], live.words()) == (True, ["one"])
+    assert send(state="restored", number=1).result["changed"] is False
+    failed = send(says("bad", fail=True))
+    assert live.words() == ["one"]
+    refused = send(state="restored", number=6)
+    assert "config 6 was never seen to run: those that ran are 1, 2, 3, 4, 5" in str(refused)
+    assert failed.failed
+    assert refused.failed
+
+
+def test_twenty_are_kept_and_always_the_last_good_one(live: Serve, send: Callable[..., Exit]) -> None:
+    send(says("good"))
+    for number in range(22):
+        send(says(str(number), fail=True))
+    kept = outcomes(send(says("good")))
+    assert len(kept) == 21
+    assert kept[0] == (1, "good")
+    assert live.words() == ["good"]
+
+
+def test_an_app_that_stays_gets_what_it_has(live: Serve, send: Callable[..., Exit]) -> None:
+    """How it was rolled out is part of what it runs with: sent otherwise, Serve would take it for a change."""
+    config = says("a")
+    config["applications"][0]["deployments"] = [{"name": "Hello", "num_replicas": 1}]
+    running = copy.deepcopy(config)
+    running["applications"][0]["deployments"][0]["max_surge_percent"] = 1
+    live.run(running)
+    assert send(config).result["changed"] is False
+    config["applications"].append({**says("b")["applications"][0], "name": "other", "route_prefix": "/other"})
+    assert not send(config).failed
+    assert live.sent[-1][1]["applications"][0] == running["applications"][0]
 
 
 def test_absent_shuts_serve_down_once(dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

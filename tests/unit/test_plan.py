@@ -340,7 +340,7 @@ def test_the_shape_is_as_it_is_promised() -> None:
     change = event({"changed": True, "changes": [RESTART]}, role="ray_env")
     shape = planning.plan([spec(), change, node("running"), serve()]).as_dict()
     assert set(shape) == {"changes", "disruptions", "failed", "unreachable", "hosts", "consent", "complete"}
-    keys = {"host", "role", "task", "what", "name", "wanted", "actual", "diff", "disrupts", "left"}
+    keys = {"host", "role", "task", "what", "name", "wanted", "actual", "diff", "disrupts", "left", "note"}
     assert set(shape["changes"][0]) == keys
     keys = {"host", "what", "because", "replicas", "needs_consent", "consent", "would_happen"}
     assert set(shape["disruptions"][0]) == keys
