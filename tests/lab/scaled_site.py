@@ -28,6 +28,7 @@ from tests.support import ROOT
 
 USER = "clusterkit"
 PATIENCE_S = 240.0
+SITE_FILE = "group_vars/all/scaled.yml"
 POOL = {
     "mode": "autoscaled",
     "min": 0,
@@ -94,6 +95,11 @@ class ScaledSite:
     @property
     def inventory(self) -> Path:
         return self.lab.inventory
+
+    def declare(self, **variables: Any) -> None:
+        """Other values of the site's."""
+        path = self.inventory / SITE_FILE
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **variables}))
 
     def ask(self, verb: str, **more: Any) -> dict[str, Any]:
         """As root on the head, without the kit."""
@@ -195,7 +201,7 @@ def scaled_site(lab_of: Maker, folder: Path, name: str, workers: int, **more: An
         **more,
     }
     pool = {"vars": {"clusterkit_pool": POOL}, "hosts": hosts}
-    files = {"scaled.yml": {"all": {"children": {"cpu_pool": pool}}}, "group_vars/all/scaled.yml": site}
+    files = {"scaled.yml": {"all": {"children": {"cpu_pool": pool}}}, SITE_FILE: site}
     for path, data in files.items():
         (lab.inventory / path).write_text(yaml.safe_dump(data))
     words = ["-m", "tests.lab.bmc", "--lab", name, "--listen", gateway, "--port", str(port), "--folder", str(bmcs)]

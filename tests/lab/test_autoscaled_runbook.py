@@ -8,7 +8,6 @@ from pathlib import Path
 
 import bcrypt
 import pytest
-import yaml
 
 from tests.lab.conftest import ENVIRONMENT, Maker, playbook
 from tests.lab.runbooks import PAGES, follow
@@ -57,11 +56,8 @@ def boot(site: ScaledSite) -> None:
 def rotate(site: ScaledSite) -> None:
     password = secrets.token_urlsafe(12)
     (site.bmcs / "htpasswd").write_text(f"{USER}:{bcrypt.hashpw(password.encode(), bcrypt.gensalt(4)).decode()}\n")
-    path = site.inventory / "group_vars/all/scaled.yml"
-    data = yaml.safe_load(path.read_text())
     until(lambda: "401" in str(site.host("worker1")["power_error"]), site.told)
-    data["fleet_bmc_credentials"]["default"]["password"] = password
-    path.write_text(yaml.safe_dump(data))
+    site.declare(fleet_bmc_credentials={"default": {"user": USER, "password": password}})
 
 
 EVENTS: dict[str, Callable[[ScaledSite], None]] = {

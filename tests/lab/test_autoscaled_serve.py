@@ -1,4 +1,4 @@
-"""vLLM on hosts that come and go: a model that nobody asks has no host, and one that is asked gets one.
+"""Serve on hosts that come and go: a model that nobody asks has no host, and one that is asked gets one.
 
 One cluster's life, in the order of its tests. The engine is vLLM on CPU; one replica with its ingress fills a host.
 """
@@ -9,10 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pexpect
 import pytest
+import requests
 
 from tests.e2e.conftest import check_openai
 from tests.lab.conftest import ENVIRONMENT, Maker, clusterkit, playbook, recap
@@ -22,6 +24,18 @@ pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
 
 # From off to a first token: a boot, a container, Ray, an engine.
 COLD_S = 420
+ECHO = """\
+import asyncio
+from ray import serve
+
+@serve.deployment
+class Echo:
+    async def __call__(self, request):
+        await asyncio.sleep(0.5)
+        return "here"
+
+app = Echo.bind()
+"""
 APP = {
     "name": "tiny",
     "template": "llm",
@@ -86,6 +100,31 @@ class Streams(threading.Thread):
         return self.ended
 
 
+class Requests(threading.Thread):
+    """One request after the other, for as long as the block lasts."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.enough = url, threading.Event()
+        self.answers, self.failed = 0, list[str]()
+
+    def __enter__(self) -> Requests:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.enough.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self.enough.wait(0.05):
+            try:
+                requests.get(self.url, timeout=60).raise_for_status()
+                self.answers += 1
+            except requests.RequestException as error:
+                self.failed.append(repr(error))
+
+
 def test_a_model_that_nobody_asks_has_no_host(site: ScaledSite) -> None:
     site.wait_for(worker1="off", worker2="off")
     again = playbook("site.yml", site.inventory)
@@ -132,3 +171,27 @@ def test_no_request_is_cut_when_its_host_is_taken_out(site: ScaledSite, url: str
 def test_load_goes_and_the_hosts_go_off(site: ScaledSite) -> None:
     until(lambda: not site.nodes(), lambda: f"{site.told()}\n{site.log()}", COLD_S)
     site.wait_for(worker1="off", worker2="off")
+
+
+def test_fewer_replicas_empty_a_host_and_no_request_notices(site: ScaledSite) -> None:
+    """Four replicas fill both hosts; two of them are packed onto one, and the other goes off, under load."""
+    code = site.inventory.parent / "echo"
+    code.mkdir()
+    (code / "echo.py").write_text(ECHO)
+    echo: dict[str, Any] = {"name": "Echo", "num_cpus": 1, "num_replicas": 4, "max_ongoing_requests": 20}
+    parameters = {"code": "../echo", "import_path": "echo:app", "deployments": [echo]}
+    apps = [{"name": "echo", "template": "custom", "route_prefix": "/echo", "parameters": parameters}]
+    site.declare(clusterkit_apps=apps)
+    applied = clusterkit("app", "apply", "-i", str(site.inventory))
+    assert applied.returncode == 0, applied.stderr[-4000:]
+    assert len(site.nodes()) == 2
+    with Requests(f"http://{site.address('head')}:8000/echo") as load:
+        until(lambda: load.answers > 20, lambda: str(load.failed))
+        echo["num_replicas"] = 2
+        site.declare(clusterkit_apps=apps)
+        applied = clusterkit("app", "apply", "-i", str(site.inventory))
+        assert applied.returncode == 0, applied.stderr[-4000:]
+        until(lambda: list(site.states().values()).count("off") == 1, lambda: f"{site.told()}\n{site.log()}", COLD_S)
+    print(f"{load.answers} requests answered, {len(load.failed)} failed")
+    assert load.failed == []
+    assert len(site.nodes()) == 1
