@@ -6,7 +6,7 @@ All of it is rendered under `deployments`, where Serve applies it without a rest
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
@@ -46,6 +46,9 @@ class Strict(BaseModel):
 
 class Replicas(Strict):
     """A fixed number of replicas, or one that follows the load."""
+
+    # Else what the inventory does not say is as the code has it, and not known here.
+    DEFAULTS_ARE_RENDERED: ClassVar[bool] = True
 
     num_replicas: StrictInt | None = Field(
         None, ge=1, description="so many replicas, always; instead of `min_replicas` and what goes with it"
@@ -90,7 +93,8 @@ class Replicas(Strict):
         first = self.min_replicas if self.initial_replicas is None else self.initial_replicas
         if not self.min_replicas <= first <= self.max_replicas:
             raise ValueError(f"initial_replicas ({first}) is not between min_replicas and max_replicas")
-        if self.num_replicas is None and self.max_ongoing_requests < self.target_ongoing_requests:
+        known = self.DEFAULTS_ARE_RENDERED or (said and "max_ongoing_requests" in self.model_fields_set)
+        if known and self.num_replicas is None and self.max_ongoing_requests < self.target_ongoing_requests:
             raise ValueError(
                 f"max_ongoing_requests ({self.max_ongoing_requests}) is below target_ongoing_requests "
                 f"({self.target_ongoing_requests:g}): it would never scale up"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+# What the weights are for, where an app has one model.
+ONLY_MODEL = "model"
 
 
 class LoggingConfig(BaseModel):
@@ -33,6 +36,8 @@ class ReplicaDemand:
     gpus_per_host   GPUs that one replica needs on one host
     memory_fraction share of each GPU's memory that the engine takes
     minimum_cpus    CPUs of all replicas that the app starts with, ingress included
+    gpu_memory_gib  what one replica takes of a GPU's memory, where its share of a GPU follows from that
+    parameter       the parameter that says all this of one of several deployments
     """
 
     gpus: float
@@ -41,6 +46,17 @@ class ReplicaDemand:
     max_replicas: int
     memory_fraction: float | None = None
     minimum_cpus: float = 0
+    gpu_memory_gib: float | None = None
+    parameter: str = ""
+
+
+def gpu_share(gpu_memory_gib: float, of: float | None) -> float:
+    """What a replica takes of one GPU, so that Ray puts no more on it than its memory (`of`, in GiB) holds; a whole
+    one where nobody says how much that is. Ray counts in ten-thousandths. The rest is left off: three thirds are one.
+    """
+    if of is None or gpu_memory_gib >= of:
+        return 1
+    return max(1, int(gpu_memory_gib / of * 10000 + 1e-6)) / 10000
 
 
 @dataclass(frozen=True)
@@ -83,17 +99,40 @@ class Template:
     parameters: type[BaseModel]
     render: Callable[..., dict[str, Any]]
     demand: Callable[..., ReplicaDemand | Sequence[ReplicaDemand]]
-    model_source: Callable[..., dict[str, Any] | None]
+    model_sources: Callable[..., Mapping[str, dict[str, Any]]]
     openai_api: bool
     code: Callable[..., AppCode | None] = _no_code
     ray_needs: Callable[..., list[RayNeed]] = _no_needs
     # Whether `render` takes direct_streaming: true where requests go to replicas without an ingress of the app's.
     direct_streaming: bool = False
+    # Whether `render` takes gpu_memory_gib, what a GPU of the pool has.
+    gpu_memory: bool = False
 
-    def demands(self, parameters: BaseModel) -> tuple[ReplicaDemand, ...]:
-        """What each deployment of the app asks of its pool."""
+    def demands(self, parameters: BaseModel, gpu_memory_gib: float | None = None) -> tuple[ReplicaDemand, ...]:
+        """What each deployment of the app asks of its pool, whose GPUs have so much memory."""
         asked = self.demand(parameters)
-        return (asked,) if isinstance(asked, ReplicaDemand) else tuple(asked)
+        return tuple(
+            item if item.gpu_memory_gib is None else _share(item, gpu_share(item.gpu_memory_gib, gpu_memory_gib))
+            for item in ((asked,) if isinstance(asked, ReplicaDemand) else asked)
+        )
+
+
+def _share(demand: ReplicaDemand, gpus: float) -> ReplicaDemand:
+    return replace(demand, gpus=gpus, gpus_per_host=gpus)
+
+
+def _sources(module: Any) -> Callable[..., Mapping[str, dict[str, Any]]]:
+    """By what each model is for. The first is the one that clients ask for by its id; `render` gets `model_path` of
+    the only one, or `model_paths`."""
+    if hasattr(module, "model_sources"):
+        several: Callable[..., Mapping[str, dict[str, Any]]] = module.model_sources
+        return several
+
+    def sources(parameters: BaseModel) -> dict[str, dict[str, Any]]:
+        source = module.model_source(parameters)
+        return {ONLY_MODEL: source} if source else {}
+
+    return sources
 
 
 def names() -> list[str]:
@@ -112,9 +151,10 @@ def load(name: str) -> Template:
         parameters=module.PARAMETERS,
         render=module.render,
         demand=module.demand,
-        model_source=module.model_source,
+        model_sources=_sources(module),
         openai_api=module.OPENAI_API,
         code=getattr(module, "code", _no_code),
         ray_needs=getattr(module, "ray_needs", _no_needs),
         direct_streaming=getattr(module, "DIRECT_STREAMING", False),
+        gpu_memory=getattr(module, "GPU_MEMORY", False),
     )

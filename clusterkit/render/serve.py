@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from clusterkit.spec.cluster import App, ClusterSpec
+from serve_apps.template import ONLY_MODEL
 
 
 def serve_config(spec: ClusterSpec) -> dict[str, Any]:
@@ -31,14 +34,27 @@ def serve_config(spec: ClusterSpec) -> dict[str, Any]:
 
 def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
     cache = spec.engine_cache(app)
+    pool = spec.pools[app.pool].facts
+    paths = {role: model.path for role, model in app.models.items()}
+    only = paths.keys() <= {ONLY_MODEL}
     code = {"code_uri": spec.code_uri(app)} if app.template.code(app.parameters) else {}
     return app.template.render(
         name=app.name,
         route_prefix=app.facts.route_prefix,
-        parameters=app.parameters,
-        accelerator=spec.pools[app.pool].facts.accelerator,
-        model_path=app.model.path if app.model else "",
+        parameters=_parameters(spec, app),
+        accelerator=pool.accelerator,
         cache_path=f"{spec.engine_caches}/{cache}" if cache else None,
+        **({"model_path": paths.get(ONLY_MODEL, "")} if only else {"model_paths": paths}),
+        **({"gpu_memory_gib": pool.gpu_memory_gib} if app.template.gpu_memory else {}),
         **code,
         **({"direct_streaming": True} if spec.facts.serve.direct_streaming and app.template.direct_streaming else {}),
     )
+
+
+def _parameters(spec: ClusterSpec, app: App) -> BaseModel:
+    """A replica that is replaced has as long as a request may take, where the inventory says no other time."""
+    given, longest, name = app.parameters, spec.facts.serve.request_timeout_s, "graceful_shutdown_timeout_s"
+    grace = getattr(given, name, None)
+    if longest is None or grace is None or grace >= longest or name in given.model_fields_set:
+        return given
+    return given.model_copy(update={name: longest})

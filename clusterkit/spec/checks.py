@@ -491,47 +491,49 @@ def unique_apps(apps: Sequence[tuple[int, AppFacts]], value: RawValue) -> list[F
 def capacity(apps: Sequence[tuple[int, App]], pools: Mapping[str, Pool], value: RawValue) -> list[Finding]:
     """Does each app fit a host and its pool, and do the GPUs' memory shares add up?"""
     findings: list[Finding] = []
-    minimum: Counter[str] = Counter()
+    asked: dict[str, list[tuple[str, ReplicaDemand]]] = {}
     cpus: Counter[str] = Counter()
     for index, app in apps:
         home = pools[app.pool]
-        demands = app.template.demands(app.parameters)
+        demands = app.template.demands(app.parameters, home.facts.gpu_memory_gib)
         cpus[app.pool] += sum(demand.minimum_cpus for demand in demands)  # type: ignore[assignment]
         on_gpus = [demand for demand in demands if demand.gpus]
         if home.facts.accelerator == "cpu" or not on_gpus:
             continue
         place = value.place((index, "parameters"))
         subject = f"clusterkit_apps[{index}] {app.name}"
-        found = _gpus(on_gpus, home, place, subject)
+        found = _gpu_memory(index, on_gpus, home, value) or _gpus(on_gpus, home, place, subject)
         findings += found
         if not found:
-            minimum[app.pool] += sum(demand.gpus * demand.min_replicas for demand in on_gpus)  # type: ignore[assignment]
+            asked.setdefault(app.pool, []).extend((app.name, demand) for demand in on_gpus)
         for demand in on_gpus:
             if demand.memory_fraction is not None and demand.gpus < 1:
                 findings += _memory_budget(demand.gpus, demand.memory_fraction, place, subject)
             elif demand.memory_fraction is not None and demand.memory_fraction > 1:
                 problem = "asks for more than the whole memory of a GPU"
                 findings.append(Finding(place, subject, problem, "lower gpu_memory_utilization"))
-    for name, needed in minimum.items():
+    for name, together in asked.items():
         total = pools[name].facts.gpus * pools[name].max
+        lots = [(f"{owner} {demand.parameter}".strip(), demand, demand.min_replicas) for owner, demand in together]
+        needed, parts = _needed(lots)
         if needed > total + TOLERANCE:
             findings.append(
                 Finding(
                     value.place(),
                     "clusterkit_apps",
-                    f"together the apps of {name} need {needed:g} GPUs at min_replicas, and it has {total}",
+                    f"together the apps of {name} need {needed:g} GPUs at min_replicas, and it has {total}{parts}",
                     "lower min_replicas, or add hosts",
                 )
             )
-    for name, asked in cpus.items():
+    for name, wanted in cpus.items():
         # What the inventory leaves open is all of a host, and nobody knows yet how much that is.
-        offered = (pools[name].facts.cpus or asked) * pools[name].max
-        if asked > offered + TOLERANCE:
+        offered = (pools[name].facts.cpus or wanted) * pools[name].max
+        if wanted > offered + TOLERANCE:
             findings.append(
                 Finding(
                     value.place(),
                     "clusterkit_apps",
-                    f"together the apps of {name} need {asked:g} CPUs at min_replicas, ingress included, "
+                    f"together the apps of {name} need {wanted:g} CPUs at min_replicas, ingress included, "
                     f"and it offers {offered}",
                     "lower min_replicas or cpus_per_replica, raise clusterkit_cpus, or add hosts",
                 )
@@ -546,13 +548,57 @@ def _gpus(demands: Sequence[ReplicaDemand], home: Pool, place: Place, subject: s
         problem = f"one replica needs {largest:g} GPUs on one host, and a host of {home.name} has {home.facts.gpus}"
         return [Finding(place, subject, problem, "lower tensor_parallel, or choose a pool with larger hosts")]
     total = home.facts.gpus * home.max
-    needed = sum(demand.gpus * demand.max_replicas for demand in demands)
+    needed, parts = _needed([(demand.parameter, demand, demand.max_replicas) for demand in demands])
     if needed <= total + TOLERANCE:
         return []
     fitting = int(total // demands[0].gpus) if len(demands) == 1 else 0
     fix = f"lower max_replicas to {fitting}, or add hosts" if fitting else "use fewer GPUs, or add hosts"
-    problem = f"at max_replicas it needs {needed:g} GPUs, and the pool {home.name} has {total}"
+    if parts:
+        fix = "lower gpu_memory_gib or max_replicas, or add hosts"
+    problem = f"at max_replicas it needs {needed:g} GPUs, and the pool {home.name} has {total}{parts}"
     return [Finding(place, subject, problem, fix)]
+
+
+def _gpu_memory(index: int, demands: Sequence[ReplicaDemand], home: Pool, value: RawValue) -> list[Finding]:
+    """Does one GPU have what a single replica asks of its memory?"""
+    findings, card = [], home.facts.gpu_memory_gib
+    for demand in demands:
+        asked = demand.gpu_memory_gib
+        if asked is None or (card is not None and asked <= card):
+            continue
+        path = (index, "parameters", demand.parameter, "gpu_memory_gib")
+        if card is None:
+            problem = f"is a share of a GPU, and nothing says what memory those of the pool {home.name} have"
+            fix = "set clusterkit_gpu_memory_gib for the pool"
+        else:
+            problem = f"is {asked:g}, and a GPU of the pool {home.name} has {card:g} GiB"
+            fix = "lower it; a model that needs several GPUs is one for the template llm"
+        subject = f"clusterkit_apps[{index}].parameters.{demand.parameter}.gpu_memory_gib"
+        findings.append(Finding(value.place(path), subject, problem, fix))
+    return findings
+
+
+def _needed(lots: Sequence[tuple[str, ReplicaDemand, int]]) -> tuple[float, str]:
+    """The GPUs that so many replicas of each need, and, where some go by memory, what adds up to that: no replica lies
+    on two GPUs with parts of its share, so that three of 0.6 need three GPUs. The largest are placed first, each where
+    there still is room."""
+    if all(demand.gpu_memory_gib is None for _, demand, _ in lots):
+        return sum(demand.gpus * count for _, demand, count in lots), ""
+    whole = sum(demand.gpus * count for _, demand, count in lots if demand.gpus >= 1)
+    shares = sorted((d.gpus for _, d, count in lots for _ in range(count) if d.gpus < 1), reverse=True)
+    rooms: list[float] = []
+    for share in shares:
+        number = next((number for number, room in enumerate(rooms) if share <= room + TOLERANCE), None)
+        if number is None:
+            rooms.append(1 - share)
+        else:
+            rooms[number] -= share
+    parts = [
+        f"{name} {count} x " + (f"{d.gpu_memory_gib:g} GiB" if d.gpu_memory_gib is not None else f"{d.gpus:g} GPU")
+        for name, d, count in lots
+        if count
+    ]
+    return whole + len(rooms), f" ({', '.join(parts)})"
 
 
 def _memory_budget(share: float, memory: float, place: Place, subject: str) -> list[Finding]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from clusterkit.spec import ingress
 from clusterkit.spec.facts import Accelerator, AppFacts, ClusterFacts, HostFacts, PoolFacts
 from clusterkit.spec.stacks import Engine, Stack, table
-from serve_apps.template import Template
+from serve_apps.template import ONLY_MODEL, Template
 
 HEAD_NODE_TYPE = "head"
 # Of the host agent: from `start` until Ray answers, with what its lock and its systemd may add.
@@ -91,18 +91,23 @@ class Code(_Frozen):
 
 
 class App(_Frozen):
-    """One Serve application with its typed parameters."""
+    """One Serve application with its typed parameters; `models` by what they are for, what clients ask for first."""
 
     facts: AppFacts
     pool: str
     parameters: BaseModel
     template: Template
-    model: Model | None
+    models: dict[str, Model]
     code: Code | None = None
 
     @property
     def name(self) -> str:
         return self.facts.name
+
+    @property
+    def model(self) -> Model | None:
+        """The only one; None of an app that has none or several."""
+        return self.models.get(ONLY_MODEL)
 
 
 class ClusterSpec(_Frozen):
@@ -148,9 +153,7 @@ class ClusterSpec(_Frozen):
     def models(self, pool: str | None = None) -> list[Model]:
         """Each model once; of one pool where one is named."""
         found = {
-            app.model.path: app.model
-            for app in self.apps
-            if app.model is not None and (pool is None or app.pool == pool)
+            model.path: model for app in self.apps if pool is None or app.pool == pool for model in app.models.values()
         }
         return [found[path] for path in sorted(found)]
 
@@ -245,7 +248,7 @@ class ClusterSpec(_Frozen):
                     "name": app.name,
                     "route_prefix": app.facts.route_prefix,
                     "llm": app.template.openai_api,
-                    "model_id": app.model.id if app.model else "",
+                    "model_id": next((model.id for model in app.models.values()), ""),
                 }
                 for app in self.apps
             ],

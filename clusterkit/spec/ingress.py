@@ -131,8 +131,10 @@ def app_findings(
                 if name.startswith("ingress_"):
                     problem = "with clusterkit_serve.direct_streaming the app has no ingress of its own"
                     yield _about(index, name, problem, "take it out", value)
+        # Where the inventory says nothing, it is rendered as long as it has to be.
+        said = "graceful_shutdown_timeout_s" in asked.model_fields_set
         grace, longest = getattr(asked, "graceful_shutdown_timeout_s", None), serve.request_timeout_s
-        if grace is not None and longest is not None and grace < longest:
+        if said and grace is not None and longest is not None and grace < longest:
             problem = f"is {grace:g}, and a request may take {longest:g} s (clusterkit_serve.request_timeout_s)"
             fix = f"raise it to {longest:g}: a replica that is replaced would cut its longest requests"
             yield _about(index, "graceful_shutdown_timeout_s", problem, fix, value)

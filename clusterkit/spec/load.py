@@ -374,10 +374,10 @@ class _Loader:
             pool = self._app_pool(index, app, pools, value)
             if parameters is None or pool is None:
                 continue
-            source = template.model_source(parameters)
-            model = _model(source, models_root) if source else None
+            sources = template.model_sources(parameters)
+            models = {role: _model(source, models_root) for role, source in sources.items()}
             code = self._code(template, parameters, index, value)
-            whole = App(facts=app, pool=pool, parameters=parameters, template=template, model=model, code=code)
+            whole = App(facts=app, pool=pool, parameters=parameters, template=template, models=models, code=code)
             apps.append((index, whole))
         self.findings += checks.unique_apps(named, value)
         return apps

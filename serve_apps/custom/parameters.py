@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,8 @@ from serve_apps.template import LoggingConfig
 
 class Deployment(Replicas):
     """One `@serve.deployment` of the code, by its name."""
+
+    DEFAULTS_ARE_RENDERED: ClassVar[bool] = False
 
     name: Annotated[str, Field(min_length=1)] = Field(
         description="as the code calls it; its class where it says nothing"

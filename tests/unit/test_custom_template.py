@@ -69,6 +69,12 @@ def test_what_is_not_said_of_a_deployment_is_as_the_code_has_it() -> None:
     assert only(num_replicas=2) == {"num_replicas": 2, "autoscaling_config": None}
 
 
+def test_what_the_code_may_say_is_not_guessed() -> None:
+    """How many requests a replica takes, and how many scaling aims at, may each be the code's own."""
+    assert only(max_ongoing_requests=1) == {"max_ongoing_requests": 1}
+    assert only(target_ongoing_requests=8)["autoscaling_config"]["target_ongoing_requests"] == 8
+
+
 def test_what_serve_replaces_as_a_whole_is_said_as_a_whole() -> None:
     assert only(num_gpus=0.5) == {"ray_actor_options": {"num_cpus": 1, "num_gpus": 0.5}}
     scaling = only(max_replicas=3)["autoscaling_config"]
@@ -101,7 +107,10 @@ def test_on_cpu_no_gpu_is_asked_for() -> None:
         ({"deployments": [{"name": "A", "num_replicas": 2, "max_replicas": 3}]}, "take one of them out"),
         ({"deployments": [{"name": "A", "min_replicas": 2}]}, "above max_replicas"),
         ({"deployments": [{"name": "A", "initial_replicas": 2}]}, "initial_replicas (2) is not between"),
-        ({"deployments": [{"name": "A", "target_ongoing_requests": 6}]}, "never scale up"),
+        (
+            {"deployments": [{"name": "A", "target_ongoing_requests": 6, "max_ongoing_requests": 5}]},
+            "never scale up",
+        ),
     ],
 )
 def test_what_is_refused(given: dict[str, Any], words: str) -> None:

@@ -32,7 +32,7 @@ OWNERS = {
     "ansible_runner": ("clusterkit.runner",),
     "ansible": (),
     # Of a template, what runs in replicas.
-    "ray": ("clusterkit.node_provider", "serve_apps.embeddings.app"),
+    "ray": ("clusterkit.node_provider", "serve_apps.embeddings.app", "serve_apps.pipeline.app"),
     "sushy": ("clusterkit.fleet.power",),
     "docker": ("clusterkit.lab",),
     "typer": ("clusterkit.cli",),

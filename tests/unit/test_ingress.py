@@ -135,7 +135,7 @@ def test_an_older_ray_is_refused_with_the_rows_that_can() -> None:
             "no ingress of its own",
         ),
         (
-            serve(app(), request_timeout_s=601),
+            serve(app(graceful_shutdown_timeout_s=600), request_timeout_s=601),
             "clusterkit_apps[0].parameters.graceful_shutdown_timeout_s",
             "is 600, and a request may take 601 s",
         ),
@@ -160,6 +160,9 @@ def test_what_does_not_go_together(cluster: Vars, subject: str, problem: str) ->
 def test_what_does_go_together() -> None:
     spec_of(serve(app(graceful_shutdown_timeout_s=601), request_timeout_s=601))
     spec_of(serve(app(engine_start_timeout_s=1800), ready_timeout_s=2000))
+    # Where nothing is said, a replica has as long as its requests.
+    config = serve_config(spec_of(serve(app(), request_timeout_s=1200)))
+    assert {item["graceful_shutdown_timeout_s"] for item in config["applications"][0]["deployments"]} == {1200}
     # One host asks nobody else.
     spec_of(serve(**HAPROXY, http_host="127.0.0.1"), workers={"h1": "gpus"})
 
