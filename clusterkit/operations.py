@@ -228,20 +228,25 @@ class RolledBack:
 def apps(inventory: str, options: Options | None = None, *, on_event: OnEvent = _quiet) -> Apps:
     """Look at the apps. A cluster that does not run is no error."""
     result = runner.run("apps.yml", inventory, options, on_event=on_event)
-    seen = _first(result, APPS_TASK)
-    declared = {app["name"]: app for app in _cluster(result).get("apps", [])}
+    seen, cluster = _first(result, APPS_TASK), _cluster(result)
+    hide = planning.Hider(cluster)
+    declared = {app["name"]: app for app in cluster.get("apps", [])}
     running = seen.get("applications", {})
     return Apps(
         reachable=bool(seen.get("reachable")),
         apps=[
-            {**app, "model": declared.get(name, {}).get("model_id") or None, "declared": name in declared}
+            {
+                **_app(app, hide),
+                "model": declared.get(name, {}).get("model_id") or None,
+                "declared": name in declared,
+            }
             for name, app in sorted(running.items())
         ],
-        changes=seen.get("changes", []),
+        changes=_app_changes(seen, hide),
         rollouts=seen.get("rollouts", []),
-        history=seen.get("history", []),
+        history=[{**entry, "message": hide.text(entry["message"])} for entry in seen.get("history", [])],
         runs=seen.get("runs"),
-        effective=seen.get("effective", {}),
+        effective=hide.value(seen.get("effective", {})),
     )
 
 
@@ -276,7 +281,25 @@ def rollback_apps(
         given = replace(given, extra_vars=(*given.extra_vars, json.dumps({"serve_apps_number": number})))
     result = runner.run("rollback.yml", inventory, given, on_event=on_event)
     done = _first(result, ROLLBACK_TASK)
-    return RolledBack(int(done["number"]), bool(done.get("changed")), done.get("changes", []), result.log)
+    changes = _app_changes(done, planning.Hider(_cluster(result)))
+    return RolledBack(int(done["number"]), bool(done.get("changed")), changes, result.log)
+
+
+def _app(app: dict[str, Any], hide: planning.Hider) -> dict[str, Any]:
+    """An app as it runs: Serve's messages may repeat what it was given."""
+    deployments = {
+        name: {**item, "message": hide.text(item["message"] or "")} for name, item in app["deployments"].items()
+    }
+    return {**app, "message": hide.text(app["message"] or ""), "deployments": deployments}
+
+
+def _app_changes(answer: dict[str, Any], hide: planning.Hider) -> list[dict[str, Any]]:
+    """What differs, without what the inventory keeps secret: the head knows no secrets but by their names."""
+    sides = ("wanted", "actual")
+    return [
+        {key: hide.value(value) if key in sides else value for key, value in change.items()}
+        for change in answer.get("changes", [])
+    ]
 
 
 def _cluster(result: Result) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def plan(events: Iterable[Event], changed: Mapping[str, int] | None = None) -> P
     """
     seen = list(events)
     cluster = _cluster(seen)
-    hide = _Hider(cluster)
+    hide = Hider(cluster)
     changes = [change for event in seen for change in _changes(event)]
     changes += _hidden(seen, changed or {})
     changes = [hide.change(change) for change in changes]
@@ -341,7 +341,7 @@ def _words(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(str(item) for item in value or ())
 
 
-def _failure(event: Event, hide: _Hider) -> Failure:
+def _failure(event: Event, hide: Hider) -> Failure:
     return Failure(event.host, event.role, event.task, hide.text(event.message or "failed without a message"))
 
 
@@ -451,8 +451,8 @@ def _disruptions(
 # --------------------------------------------------------------------------- secrets
 
 
-class _Hider:
-    """Takes secrets out of what is shown."""
+class Hider:
+    """Takes secrets out of what is shown. cluster: as the validation shows it, with `***` for its secrets."""
 
     def __init__(self, cluster: Json) -> None:
         self.names: set[str] = set()

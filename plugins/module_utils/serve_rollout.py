@@ -17,6 +17,8 @@ SMALLEST = 0.001
 # Actors and placement groups that hold nothing.
 GONE = ("DEAD", "REMOVED")
 ALMOST = 1e-6
+# Ray puts the pool of a node that its autoscaler asked for there: ray/_private/node.py.
+POOL = "ray.io/node-group"
 
 
 def free(nodes, groups, actors):
@@ -49,8 +51,8 @@ def free(nodes, groups, actors):
 
 
 def demand(deployment, groups, actors):
-    """What one replica of it holds: {bundles: [({resource: amount}, label_selector)], hosts}; None where there is no
-    replica to look at. hosts: on how many it lies.
+    """What one replica of it holds: {bundles: [({resource: amount}, label_selector)], hosts, node}; None where there
+    is no replica to look at. hosts: on how many it lies; node: the id of the first.
 
     deployment: as in the answer of GET.
     """
@@ -64,8 +66,10 @@ def demand(deployment, groups, actors):
         if group is not None:
             bundles = group.get("bundles") or []
             held = [(bundle.get("unit_resources") or {}, bundle.get("label_selector") or {}) for bundle in bundles]
-            return {"bundles": held, "hosts": len({bundle.get("node_id") for bundle in bundles})}
-        return {"bundles": [(actor.get("required_resources") or {}, actor.get("label_selector") or {})], "hosts": 1}
+            on = [bundle.get("node_id") for bundle in bundles]
+            return {"bundles": held, "hosts": len(set(on)), "node": on[0] if on else actor.get("node_id")}
+        held = [(actor.get("required_resources") or {}, actor.get("label_selector") or {})]
+        return {"bundles": held, "hosts": 1, "node": actor.get("node_id")}
     return None
 
 
@@ -116,6 +120,27 @@ def rooms(nodes, demands, limit):
                 return found
         found += 1
     return found
+
+
+def can_grow(nodes, demands, pools):
+    """Have all deployments a place for one more replica, where pools may still get nodes?
+
+    pools: {pool: how many nodes it may have}. A new node counts where it comes to the pool in which the deployment's
+    replica lies today, one for each host of the replica.
+    """
+    groups = [node["labels"].get(POOL) for node in nodes]
+    left = {pool: number - groups.count(pool) for pool, number in pools.items()}
+    pool_of = {node["id"]: node["labels"].get(POOL) for node in nodes}
+    for replica in demands:
+        placed = place(nodes, replica)
+        if placed is not None:
+            nodes = placed
+            continue
+        pool = pool_of.get(replica["node"])
+        if left.get(pool, 0) < replica["hosts"]:
+            return False
+        left[pool] -= replica["hosts"]
+    return True
 
 
 def most(targets):

@@ -6,10 +6,12 @@ DOCUMENTATION = r"""
 module: app_code
 short_description: The code of apps on a host, each as a zip named by its digest
 description:
-  - Compares each zip with its name, which is the SHA-256 of its bytes, and reads every byte for that on each run.
+  - Compares each of I(apps) with its name, which is the SHA-256 of its bytes, and reads every byte for that on each
+    run.
   - What is wanting or damaged is packed on the controller, brought here, compared again and put in place. Replicas
     never see half a file.
-  - Zips of earlier configurations stay, the newest of them, as the way back to one needs its code.
+  - Zips of earlier configurations stay, those that were declared last, as the way back to one needs its code. Each run
+    notes the time with what is declared, and that is no change.
   - The folder may lie in one of Ray's user, who may have put links there. None of those is followed.
 author:
   - clusterkit
@@ -33,9 +35,9 @@ options:
     elements: dict
     default: []
   keep:
-    description: How many others stay, the newest.
+    description: How many others stay, those that were declared last.
     type: int
-    default: 20
+    default: 50
   incoming:
     description: Files on the host by digest, as the action plugin brought them.
     type: dict
@@ -85,8 +87,8 @@ class Problem(Exception):
 def plan(have, wanted, keep):
     """What is to come and what is to go: (missing, wrong, gone), all digests.
 
-    have: {digest: {"whole", "readable", "time"}} of the zips in the folder; wanted: digests.
-    `wrong` has the right bytes and another owner or mode.
+    have: {digest: {"whole", "readable", "time"}} of the zips in the folder, with the time when each was declared last;
+    wanted: digests. `wrong` has the right bytes and another owner or mode.
     """
     missing = [digest for digest in wanted if digest not in have or not have[digest]["whole"]]
     wrong = [digest for digest in wanted if digest not in missing and not have[digest]["readable"]]
@@ -153,17 +155,18 @@ def is_ours(state, mode):
     return state.st_uid == os.geteuid() and stat.S_IMODE(state.st_mode) == mode
 
 
-def read(folder):
-    """{digest: {"whole", "readable", "time"}} of the zips in it."""
+def read(folder, wanted):
+    """{digest: {"whole", "readable", "time"}} of the zips in it. Of those that nobody wants, no byte is read."""
     found = {}
     for name in os.listdir(folder):
         match = ZIP.fullmatch(name)
         if not match:
             continue
+        digest = match.group(1)
         state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        plain = stat.S_ISREG(state.st_mode)
-        found[match.group(1)] = {
-            "whole": plain and sha256_of(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)) == match.group(1),
+        plain = stat.S_ISREG(state.st_mode) and digest in wanted
+        found[digest] = {
+            "whole": plain and sha256_of(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)) == digest,
             "readable": is_ours(state, MODE),
             "time": state.st_mtime,
         }
@@ -209,7 +212,7 @@ def present(module):
     wanted = sorted({app["digest"] for app in apps})
     # The first of two calls only looks, where something has to be brought.
     folder = open_folder(given["path"], given["user"], make=bool(incoming) and not module.check_mode)
-    have = read(folder) if folder is not None else {}
+    have = read(folder, wanted) if folder is not None else {}
     missing, wrong, gone = plan(have, wanted, given["keep"])
     changes = described(apps, have, missing, wrong, gone)
     open_to_all = folder is None or is_ours(os.fstat(folder), 0o755)
@@ -229,6 +232,9 @@ def present(module):
         put(folder, digest, incoming[digest])
     for digest in wrong:
         correct(folder, digest)
+    # It may have come long ago, and is what runs: with another code in its place, others go first.
+    for digest in wanted:
+        os.utime("%s.zip" % digest, dir_fd=folder, follow_symlinks=False)
     for digest in gone:
         os.unlink("%s.zip" % digest, dir_fd=folder)
     return result
@@ -257,7 +263,7 @@ def main():
             "path": {"type": "path", "required": True},
             "user": {"type": "str", "default": ""},
             "apps": {"type": "list", "elements": "dict", "default": []},
-            "keep": {"type": "int", "default": 20},
+            "keep": {"type": "int", "default": 50},
             "incoming": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,

@@ -10,8 +10,10 @@ description:
   - Before that, Ray's own schema checks the config in the environment of the head. Keys that the schema does
     not know are refused; Serve itself ignores them.
   - Waits until every app is RUNNING and each of its deployments HEALTHY, and fails with Serve's own messages.
-  - With I(history), a config that does not come up is taken back: the newest one that ran is sent again, and the
-    task fails all the same. Where none ran before, things are left as they are.
+  - With I(history), a config is taken back where an app that it adds or changes does not come up. The newest one that
+    ran is sent again, and the task fails all the same. Where none ran before, things are left as they are, and also
+    where the code of an app of that config is gone from the head.
+  - An app that is not changed and does not run fails the task, and takes nothing back.
   - An app that failed is deployed again although its config is the same.
   - An app that stays as it is gets exactly the config again that it runs with.
 author:
@@ -54,10 +56,10 @@ options:
     type: str
     choices: [auto, surge, in_place, one_at_a_time]
     default: auto
-  max_workers:
-    description: How many worker nodes there may be, where nodes come as they are needed; 0 where they do not.
-    type: int
-    default: 0
+  pools:
+    description: How many nodes each pool may have whose nodes come as they are needed, by its name.
+    type: dict
+    default: {}
   restart_serve:
     description: Consent to restart Serve, with all apps, for options that are fixed while it runs.
     type: bool
@@ -142,7 +144,8 @@ rollouts:
   description: >-
     Apps whose replicas are replaced, each with C(app), C(how) (as in I(rollout)), C(room) (replicas that have a place
     beside the old ones; none where nobody could say), C(deployments) (replicas of each that is replaced), C(missing)
-    (what is not there meanwhile, in words) and C(seconds) (the last rollout of it; none where none was seen).
+    (what is not there meanwhile, in words), C(unnamed) (those of the deployments that the config does not name; Serve
+    can only replace them in place) and C(seconds) (the last rollout of it; none where none was seen).
   returned: always
   type: list
   elements: dict
@@ -301,6 +304,14 @@ class Refused(ServeError):
     """Serve did not take a config; what ran goes on running."""
 
 
+class Others(ServeError):
+    """What was changed runs, and something else does not go as it should."""
+
+
+class CodeGone(ServeError):
+    """A config is not sent, as the head lacks the code of its apps."""
+
+
 class Client:
     """Serve's REST API. `opener` is what opens a request; no proxy stands between the head and itself."""
 
@@ -441,7 +452,7 @@ def hide(value, key=""):
     if isinstance(value, dict):
         return {name: hide(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [hide(item) for item in value]
+        return [hide(item, key) for item in value]
     if isinstance(value, str) and any(word in str(key).upper() for word in SECRET_WORDS):
         return "<hidden>"
     return value
@@ -695,11 +706,11 @@ def wait_gone(client, names, timeout_s, clock=time.monotonic, sleep=time.sleep):
         if not left:
             return have
         if clock() >= deadline:
-            raise ServeError("still stopping after %d s: %s" % (timeout_s, ", ".join(left)))
+            raise ServeError("still stopping after %d s: %s" % (timeout_s, ", ".join(left)), have)
         sleep(1)
 
 
-def survey(client, have, want, todo, wish, max_workers=0, history=None):
+def survey(client, have, want, todo, wish, pools=None, history=None):
     """How the replicas of changed apps are to be replaced, and what that costs: see `rollouts` in RETURN."""
     found, seen = [], None
     for name in todo["changed"]:
@@ -710,16 +721,21 @@ def survey(client, have, want, todo, wish, max_workers=0, history=None):
         up = {label: item for label, item in up.items() if running_replicas(item)}
         if not names:
             continue
-        seen = seen or (capacity(client, max_workers) if up else None)
+        seen = seen or (capacity(client) if up else None)
         targets = {label: item.get("target_num_replicas") or running_replicas(item) for label, item in up.items()}
-        room = room_for(seen, up, targets) if up and seen else None
+        room = room_for(seen, up, targets, pools or {}) if up and seen else None
         how = serve_rollout.choose(own_surge(new, targets) or wish, room, bool(up))
+        # What the config does not name cannot be told how: Serve stops old replicas of it first.
+        unnamed = sorted(set(up) - {item.get("name") for item in new.get("deployments") or []})
+        if unnamed:
+            how = serve_rollout.IN_PLACE
         found.append(
             {
                 "app": name,
                 "how": how,
                 "room": room,
                 "deployments": targets,
+                "unnamed": unnamed,
                 "missing": serve_rollout.missing(how, targets),
                 "seconds": history.seconds(name) if history else None,
             }
@@ -740,25 +756,23 @@ def running_replicas(deployment):
     return sum(replica.get("state") == "RUNNING" for replica in deployment.get("replicas", []))
 
 
-def capacity(client, max_workers):
+def capacity(client):
     """What the nodes have free, or None where Ray does not say."""
     try:
         nodes, groups, actors = (client.state(kind) for kind in ("nodes", "placement_groups", "actors"))
     except (ServeError, ValueError, KeyError, TypeError):
         return None
-    workers = [node for node in nodes if node.get("state") == "ALIVE" and not node.get("is_head_node")]
-    free = serve_rollout.free(nodes, groups, actors)
-    return {"free": free, "groups": groups, "actors": actors, "growing": len(workers) < max_workers}
+    return {"free": serve_rollout.free(nodes, groups, actors), "groups": groups, "actors": actors}
 
 
-def room_for(seen, deployments, targets):
+def room_for(seen, deployments, targets, pools):
     """How many more replicas of all these deployments have a place at once; None where one cannot be looked at."""
     demands = [serve_rollout.demand(item, seen["groups"], seen["actors"]) for item in deployments.values()]
     if None in demands:
         return None
     found = serve_rollout.rooms(seen["free"], demands, serve_rollout.most(targets.values()))
-    # A node that comes for it has room for one.
-    return found or int(seen["growing"])
+    # Nodes that come for it have room for one.
+    return found or int(serve_rollout.can_grow(seen["free"], demands, pools))
 
 
 def in_words(rollout):
@@ -771,7 +785,9 @@ def in_words(rollout):
             return "new replicas start before old ones stop; nothing is missing meanwhile (%s)" % took
         return "new replicas start before old ones stop, and wait until there is room for them: there is none now"
     why = "" if rollout["room"] else ", and there is no room for new ones beside them"
-    if rollout["room"] is None:
+    if rollout["unnamed"]:
+        why = ", as the config does not name %s" % ", ".join(rollout["unnamed"])
+    elif rollout["room"] is None:
         why = ", and nobody could say whether there is room for new ones beside them"
     return "old replicas stop before new ones start%s. Until they run, %s (%s); requests wait" % (
         why, rollout["missing"], took,
@@ -799,8 +815,20 @@ def composed(config, have, todo, rollouts):
     return dict(config, applications=apps)
 
 
+def moved(have, todo):
+    """(apps that have to come up by what is done, those that stay as they are): names, by the answer from before."""
+    sent, rest = todo["added"] + todo["changed"] + todo.get("unseen", []), todo["failed"] + todo["unchanged"]
+    if todo["fixed"] or todo["capacity"]:
+        # All are touched; one that was ill before proves nothing.
+        well = [name for name in todo["unchanged"] if is_ready(have["applications"][name])]
+        sent = sent + [name for name in well if name not in sent]
+    return sent, [name for name in rest if name not in sent]
+
+
 def apply(client, config, have, todo, timeout_s, rollouts=(), times=None, ill=()):
-    """Send the config and wait for what it asks for, but not for those that are `ill`; returns the last answer."""
+    """Send the config and wait for what it asks for, but not for those that are `ill`; returns the last answer.
+    Raises Others where all that was changed came up."""
+    sent, rest = moved(have, todo)
     if todo["fixed"]:
         client.delete(timeout_s)
         have = wait_gone(client, None, timeout_s)
@@ -810,8 +838,8 @@ def apply(client, config, have, todo, timeout_s, rollouts=(), times=None, ill=()
     config = composed(config, have, todo, rollouts)
     again = restartable(have, todo["failed"])
     if again:
-        rest = [app for app in config["applications"] if app["name"] not in again]
-        client.put(dict(config, applications=rest))
+        others = [app for app in config["applications"] if app["name"] not in again]
+        client.put(dict(config, applications=others))
         wait_gone(client, again, timeout_s)
     redeployed = todo["added"] + todo["changed"] + todo["failed"]
     before = {
@@ -820,13 +848,26 @@ def apply(client, config, have, todo, timeout_s, rollouts=(), times=None, ill=()
         if name in have["applications"]
     }
     client.put(config)
-    wait_gone(client, todo["removed"], timeout_s)
     seen = {}
-    well = [name for name in todo["unchanged"] if name not in ill]
-    have = wait_ready(client, redeployed + well, before, timeout_s, times=seen)
+    rest = [name for name in rest if name not in ill]
+    have = settle(client, sent, rest, timeout_s, gone=todo["removed"], before=before, times=seen)
     if times is not None:
         times.update({name: seen[name] for name in redeployed if name in seen})
     return have
+
+
+def settle(client, sent, rest, timeout_s, gone=(), before=None, times=None):
+    """Wait for what was sent, then for all the rest: another app's illness says nothing of it."""
+    deadline = time.monotonic() + timeout_s
+    if sent:
+        wait_ready(client, sent, before or {}, timeout_s, times=times)
+    try:
+        wait_gone(client, gone, max(0, deadline - time.monotonic()))
+        return wait_ready(client, sent + rest, before or {}, max(0, deadline - time.monotonic()))
+    except NotReachable:
+        raise
+    except ServeError as error:
+        raise Others(str(error), error.have) from error
 
 
 def read_token(path):
@@ -924,7 +965,7 @@ def ensure_restored(module, client, result):
     entry = restorable(history, module.params["number"], running_digest(have))
     result["number"] = entry["number"]
     why = "number %d of %s again" % (entry["number"], entry["time"])
-    converge(module, client, result, have, entry["config"], why)
+    converge(module, client, result, have, entry["config"], why, number=entry["number"])
 
 
 def restorable(history, number, running):
@@ -942,6 +983,21 @@ def restorable(history, number, running):
     if entry["outcome"] != serve_history.GOOD:
         raise ServeError("config %d was never seen to run: %s" % (number, there))
     return entry
+
+
+def check_code(config, todo, number):
+    """Raises CodeGone where the head lacks the code of an app that config `number` of the history would start.
+    Other hosts cannot be asked here."""
+    starts = todo["added"] + todo["changed"] + todo["failed"]
+    starts += todo["unchanged"] if todo["fixed"] else []
+    for app in config.get("applications", []):
+        uri = str((app.get("runtime_env") or {}).get("working_dir") or "")
+        path = urllib.request.url2pathname(uri[len("file://") :])
+        if app.get("name") in starts and uri.startswith("file://") and not os.path.exists(path):
+            raise CodeGone(
+                "the code of app %s of config %d is gone from this head: %s is missing\nFix: check out that code, "
+                "and apply it" % (app["name"], number, path)
+            )
 
 
 def running_digest(have):
@@ -973,6 +1029,16 @@ def note_running(history, have):
     history.add(dict(config, applications=[app["sent"] for app in apps]), mark, "found running", serve_history.GOOD)
 
 
+def unseen(history, config, todo):
+    """Apps of a run that was killed which stay as it sent them: nobody saw them run so."""
+    newest, good = history.newest(), history.newest(serve_history.GOOD)
+    if newest is None or newest["outcome"] != serve_history.STARTED:
+        return []
+    ran = [plain(app) for app in good["config"].get("applications", [])] if good else []
+    stay = todo["failed"] + todo["unchanged"]
+    return [app["name"] for app in config["applications"] if app["name"] in stay and plain(app) not in ran]
+
+
 def begin(history, config, mark, why, todo, changed):
     """The entry whose end is to be noted; None where the config ran before and nothing of it changes."""
     good, newest = history.newest(serve_history.GOOD), history.newest()
@@ -984,14 +1050,16 @@ def begin(history, config, mark, why, todo, changed):
     return history.add(config, mark, why)
 
 
-def converge(module, client, result, have, config, why):
-    """Bring the cluster to the config, and note how that went."""
+def converge(module, client, result, have, config, why, number=None):
+    """Bring the cluster to the config, and note how that went. number: the config is this one of the history."""
     given = module.params
     history = History(given["history"]) if given["history"] else None
     answer = normalise(module, config, have)
     want, todo = answer["want"], plan(have, answer["want"])
+    if number is not None:
+        check_code(config, todo, number)
     wish = wanted_rollout(given["rollout"], answer)
-    rollouts = survey(client, have, want, todo, wish, given["max_workers"], history)
+    rollouts = survey(client, have, want, todo, wish, given["pools"], history)
     result["plan"] = {name: todo[name] for name in result["plan"]}
     result["rollouts"] = rollouts
     result["diff"] = difference(have, want, todo)
@@ -1025,54 +1093,64 @@ def wanted_rollout(wish, answer):
 
 def carry_out(module, client, result, have, config, want, todo, history, why):
     """Apply the config, or see that it runs; where it does not, go back. Returns the last answer."""
-    timeout_s, entry, times = module.params["wait_timeout_s"], None, {}
+    timeout_s, entry, times, before = module.params["wait_timeout_s"], None, {}, have
     mark = digest(want["applications"], want.get("target_capacity"))
     if history:
         if result["changed"]:
             note_running(history, have)
+        todo = dict(todo, unseen=unseen(history, config, todo))
         entry = begin(history, config, mark, why, todo, result["changed"])
     try:
         if result["changed"]:
             have = apply(client, config, have, todo, timeout_s, result["rollouts"], times)
         else:
-            have = wait_ready(client, todo["unchanged"], {}, timeout_s)
+            have = settle(client, *moved(have, todo), timeout_s=timeout_s)
     except NotReachable:
         raise  # nobody saw how it ended
     except ServeError as error:
         if entry is None:
             raise
         history.end(entry, serve_history.FAILED, str(error))
-        if isinstance(error, Refused):
+        # With other options, Serve was stopped before it refused: nothing runs then.
+        if isinstance(error, Refused) and not todo["fixed"]:
             raise
-        apps = (error.have or {}).get("applications") or {}
-        sent = todo["added"] + todo["changed"] + todo["failed"]
-        if sent and all(is_ready(apps.get(name)) for name in sent):
-            raise ServeError("%s\nThe apps that were changed run, and stay as declared" % error, error.have)
-        go_back(module, client, result, history, entry, error)
+        apps, (sent, _) = (error.have or {}).get("applications") or {}, moved(before, todo)
+        if isinstance(error, Others) and all(is_ready(apps.get(name)) for name in sent):
+            left = "The apps that were changed run, and stay as declared" if sent else "Nothing is taken back for it"
+            raise ServeError("%s\n%s" % (error, left), error.have)
+        go_back(module, client, result, history, entry, error, bool(todo["fixed"]), before)
     if entry:
         history.end(entry, serve_history.GOOD, seconds=times)
     return have
 
 
-def go_back(module, client, result, history, entry, error):
-    """Send the newest config again that ran. Always raises, with the reason why that was needed."""
+def go_back(module, client, result, history, entry, error, restarted, before):
+    """Send the newest config again that ran. Always raises, with the reason why that was needed. restarted: Serve was
+    stopped for the one that failed; before: the answer from before it was sent."""
     good = history.newest(serve_history.GOOD)
     fix = "\nFix: mend what is declared, and apply it again; the config that failed is number %d" % entry["number"]
-    if good is None or good["digest"] == entry["digest"]:
+    # Options that are fixed while Serve runs are in no digest.
+    if good is None or (good["digest"] == entry["digest"] and not restarted):
         why = "no config is known that ran before" if good is None else "it is the config that ran last"
         raise ServeError("%s\nEverything is left as it is now: %s%s" % (error, why, fix), error.have)
-    name = "number %d of %s" % (good["number"], good["time"])
+    name, rest = "number %d of %s" % (good["number"], good["time"]), ""
     try:
         have = client.get()
         answer = normalise(module, good["config"], have)
         want, todo = answer["want"], plan(have, answer["want"])
         if not module.params["restart_serve"]:
             todo["fixed"] = []  # the apps alone
+        check_code(good["config"], todo, good["number"])
         wish = wanted_rollout(module.params["rollout"], answer)
-        rollouts = survey(client, have, want, todo, wish, module.params["max_workers"])
+        rollouts = survey(client, have, want, todo, wish, module.params["pools"])
         # An app that was ill before and stays as it is keeps nobody waiting.
-        ill = [name for name in todo["unchanged"] if not is_ready(have["applications"][name])]
+        stay = [name for name in todo["unchanged"] + todo["failed"] if name in before["applications"]]
+        ill = [name for name in stay if not is_ready(before["applications"][name])]
         have = apply(client, good["config"], have, todo, module.params["wait_timeout_s"], rollouts, ill=ill)
+    except CodeGone as gone:
+        raise ServeError("%s\nEverything is left as it is now: %s%s" % (error, gone, fix), error.have)
+    except Others as others:
+        have, rest = others.have, "; what did not have to change does not:\n%s" % others
     except ServeError as second:
         raise ServeError(
             "%s\nThe config that ran before (%s) was sent again, and does not come up either:\n%s%s"
@@ -1081,7 +1159,7 @@ def go_back(module, client, result, history, entry, error):
         )
     history.end(entry, serve_history.FAILED, str(error), restored=good["number"])
     result["restored"] = good["number"]
-    raise ServeError("%s\nThe config that ran before (%s) was put back, and runs%s" % (error, name, fix), have)
+    raise ServeError("%s\nThe config that ran before (%s) was put back, and runs%s%s" % (error, name, rest, fix), have)
 
 
 def tell(module, result, have, history, mark):
@@ -1108,7 +1186,7 @@ def main():
             "history": {"type": "path"},
             "number": {"type": "int"},
             "rollout": {"type": "str", "choices": list(serve_rollout.CHOICES), "default": serve_rollout.AUTO},
-            "max_workers": {"type": "int", "default": 0},
+            "pools": {"type": "dict", "default": {}},
             "restart_serve": {"type": "bool", "default": False},
             "details": {"type": "bool", "default": False},
             "wait_timeout_s": {"type": "int", "default": 900},

@@ -137,6 +137,31 @@ def test_the_newest_of_the_others_stay(apps: Path) -> None:
     assert [item["wanted"] for item in gone["changes"]] == ["there", "gone", "gone"]
 
 
+def test_what_was_declared_until_now_goes_last(apps: Path) -> None:
+    """It may have come before all others, and be what runs when its successor fails."""
+    others = [b"other %d" % number for number in range(3)]
+    call(apps, ONE, *others, incoming={data: data for data in (ONE, *others)})
+    for number, data in enumerate([ONE, *others], 1):
+        os.utime(apps / f"{digest(data)}.zip", (number, number))
+    assert not call(apps, ONE, check=True)["changed"]
+    assert (apps / f"{digest(ONE)}.zip").stat().st_mtime == 1
+    assert not call(apps, ONE)["changed"]
+    call(apps, TWO, incoming={TWO: TWO}, keep=1)
+    assert there(apps) == zips(ONE, TWO)
+
+
+def test_what_nobody_wants_is_not_read(apps: Path) -> None:
+    call(apps, ONE, TWO, incoming={ONE: ONE, TWO: TWO})
+    folder = os.open(apps, os.O_RDONLY)
+    try:
+        found = module.read(folder, [digest(ONE)])
+    finally:
+        os.close(folder)
+    # Only its bytes could tell.
+    assert {name: entry["whole"] for name, entry in found.items()} == {digest(ONE): True, digest(TWO): False}
+    assert not call(apps, ONE)["changed"]
+
+
 def test_remove(apps: Path) -> None:
     assert not call(apps, state="absent")["changed"]
     call(apps, ONE, incoming={ONE: ONE})

@@ -203,6 +203,13 @@ def test_the_diff_hides_what_looks_secret() -> None:
     assert "NCCL_DEBUG" in shown
 
 
+def test_a_list_below_a_secret_name_is_hidden() -> None:
+    assert serve.hide({"api_keys": ["one", {"x": 1}], "words": ["two"]}) == {
+        "api_keys": ["<hidden>", {"x": 1}],
+        "words": ["two"],
+    }
+
+
 def scale(app: Json) -> None:
     app["deployments"] = [{"name": "LLMServer:tiny-llama", "num_replicas": 3}]
 
@@ -459,7 +466,7 @@ def run(
         "history": None,
         "number": None,
         "rollout": "auto",
-        "max_workers": 0,
+        "pools": {},
         "restart_serve": False,
         "details": False,
         "wait_timeout_s": 60,
@@ -614,6 +621,50 @@ def test_what_the_config_says_of_its_rollout_comes_first(own: Json, wish: str, h
     )
 
 
+class Roomy:
+    """Ray whose nodes hold one replica of Hello, and have room for another where `cpus` is 2."""
+
+    def __init__(self, cpus: float, **pools: int) -> None:
+        node = {"state": "ALIVE", "is_head_node": False, "resources_total": {"CPU": cpus}}
+        nodes = [(pool, number) for pool, count in pools.items() for number in range(count)]
+        self.nodes = [{**node, "node_id": f"{p}{n}", "labels": {"ray.io/node-group": p}} for p, n in nodes]
+
+    def state(self, kind: str) -> Any:
+        (replica,) = recorded("running_hello")["applications"]["hello"]["deployments"]["Hello"]["replicas"]
+        actor = {"state": "ALIVE", "required_resources": {"CPU": 1.0}, "placement_group_id": None}
+        actors = [{**actor, "node_id": node["node_id"], "name": "other"} for node in self.nodes[1:]]
+        actors.append({**actor, "node_id": self.nodes[0]["node_id"], "name": replica["actor_name"]})
+        return {"nodes": self.nodes, "placement_groups": [], "actors": actors}[kind]
+
+
+def surveyed(client: Any, wish: str, pools: Json, **app: Any) -> tuple[Json, Json]:
+    """The rollout of an app whose argument changes, and the app that is sent."""
+    have = recorded("running_hello")
+    want = wanted(have)
+    want["applications"]["hello"].update({"args": {"word": "other"}, **app})
+    todo = serve.plan(have, want)
+    (rollout,) = serve.survey(client, have, want, todo, wish, pools)
+    sent = serve.composed({"applications": list(want["applications"].values())}, have, todo, [rollout])
+    return rollout, sent["applications"][0]
+
+
+@pytest.mark.parametrize("wish", ["auto", "surge", "one_at_a_time"])
+def test_a_deployment_that_the_config_does_not_name_is_replaced_in_place(wish: str) -> None:
+    rollout, sent = surveyed(Roomy(2, a=1), wish, {}, deployments=[])
+    assert (rollout["how"], rollout["room"], rollout["unnamed"]) == ("in_place", 1, ["Hello"])
+    assert "as the config does not name Hello. Until they run, Hello has none" in serve.in_words(rollout)
+    assert sent["deployments"] == []
+    named, sent = surveyed(Roomy(2, a=1), "auto", {})
+    assert (named["how"], named["unnamed"], sent["deployments"][0]["max_surge_percent"]) == ("surge", [], 100)
+
+
+def test_only_the_pool_of_the_replica_gives_it_room() -> None:
+    full, _ = surveyed(Roomy(1, a=2), "auto", {"a": 2, "b": 4})
+    assert (full["how"], full["room"]) == ("in_place", 0)
+    grows, _ = surveyed(Roomy(1, a=2), "auto", {"a": 3, "b": 4})
+    assert (grows["how"], grows["room"]) == ("surge", 1)
+
+
 # --------------------------------------------------------------------------- history
 
 
@@ -624,6 +675,8 @@ class Serve(Dashboard):
         super().__init__()
         self.clock = 0.0
         self.dies = False
+        self.loads = False  # what is sent needs a while
+        self.incurable = ""  # an app that fails again, however often it is sent
         self.answers = [{"applications": {}}]
 
     def run(self, config: Json) -> None:
@@ -636,7 +689,8 @@ class Serve(Dashboard):
             if old and old["deployed_app_config"] == app and old["status"] != "DEPLOY_FAILED":
                 apps[app["name"]] = old
                 continue
-            state = "DEPLOY_FAILED" if app.get("args", {}).get("fail") else "RUNNING"
+            bad = app.get("args", {}).get("fail") or app["name"] == self.incurable
+            state = "DEPLOY_FAILED" if bad else "RUNNING"
             apps[app["name"]] = {
                 **answer_with("hello", state, self.clock)["applications"]["hello"],
                 "message": "no weights" if state == "DEPLOY_FAILED" else "",
@@ -644,6 +698,11 @@ class Serve(Dashboard):
                 "deployments": {},
             }
         self.answers = [{**recorded("running_hello"), "applications": apps}]
+        if self.loads:
+            self.answers = [copy.deepcopy(self.answers[0])] * 3 + self.answers
+            for app in self.answers[0]["applications"].values():
+                if app["status"] == "RUNNING":
+                    app["status"] = "DEPLOYING"
 
     def words(self) -> list[str]:
         """The argument of each app that runs."""
@@ -752,21 +811,113 @@ def test_a_run_that_was_killed_is_no_success_and_is_finished_by_the_next(
     assert live.words() == ["next"]
 
 
-def test_another_apps_illness_takes_nothing_back(live: Serve, send: Callable[..., Exit]) -> None:
+def test_what_a_killed_run_left_loading_is_taken_back(live: Serve, send: Callable[..., Exit]) -> None:
+    send(says("good"))
+    live.dies = True
+    with pytest.raises(KeyboardInterrupt):
+        send(says("stuck"))
+    live.dies = False
+    live.answers[-1]["applications"]["hello"]["status"] = "DEPLOYING"
+    assert send(says("stuck"), wait_timeout_s=0).failed
+    assert live.words() == ["good"]
+
+
+def with_other(config: Json, *names: str, **more: Any) -> Json:
+    others = [{**says(name, **more)["applications"][0], "name": name} for name in names]
+    return {**config, "applications": [*config["applications"], *others]}
+
+
+@pytest.mark.parametrize("state", ["DEPLOYING", "UNHEALTHY", "DEPLOY_FAILED"])
+def test_another_apps_illness_takes_no_removal_back(live: Serve, send: Callable[..., Exit], state: str) -> None:
+    send(with_other(says("good"), "ill", "old", fail=False))
+    live.answers[-1]["applications"]["ill"]["status"] = state
+    # It goes on failing, if it is sent again.
+    live.incurable = "ill"
+    failed = send(with_other(says("good"), "ill", fail=False), wait_timeout_s=0)
+    assert "app ill is" in str(failed)
+    assert "Nothing is taken back for it" in str(failed)
+    assert live.words() == ["good", "ill"]
+
+
+def test_an_app_that_fails_while_what_was_changed_still_loads(live: Serve, send: Callable[..., Exit]) -> None:
+    send(with_other(says("good"), "ill"))
+    live.answers[-1]["applications"]["ill"]["status"] = "DEPLOY_FAILED"
+    live.incurable, live.loads = "ill", True
+    failed = send(with_other(says("better"), "ill"))
+    assert "app ill is DEPLOY_FAILED" in str(failed)
+    assert "The apps that were changed run, and stay as declared" in str(failed)
+    assert live.words() == ["better", "ill"]
+
+
+@pytest.mark.parametrize("state", ["DEPLOYING", "UNHEALTHY", "DEPLOY_FAILED"])
+def test_another_apps_illness_takes_nothing_back(live: Serve, send: Callable[..., Exit], state: str) -> None:
     def two(word: str, **more: Any) -> Json:
-        config = says(word, **more)
-        return {**config, "applications": [*config["applications"], {**says("ill")["applications"][0], "name": "ill"}]}
+        return with_other(says(word, **more), "ill")
 
     send(two("good"))
-    live.answers[-1]["applications"]["ill"]["status"] = "DEPLOYING"
+    live.answers[-1]["applications"]["ill"]["status"] = state
+    live.incurable = "ill"
     failed = send(two("better"), wait_timeout_s=0)
-    assert "app ill is DEPLOYING" in str(failed)
+    assert f"app ill is {state}" in str(failed)
     assert "The apps that were changed run, and stay as declared" in str(failed)
+    assert live.words() == ["better", "ill"]
+    # The same again, with nothing to change.
+    assert send(two("better"), wait_timeout_s=0).failed
     assert live.words() == ["better", "ill"]
     # What failed by itself is taken back, and nobody waits for the other.
     failed = send(two("bad", fail=True), wait_timeout_s=0)
-    assert "was put back, and runs" in str(failed)
+    assert "was put back, and runs\nFix" in str(failed)
     assert live.words() == ["good", "ill"]
+
+
+def coded(word: str, path: Path, **more: Any) -> Json:
+    config = says(word, **more)
+    config["applications"][0]["runtime_env"] = {"working_dir": path.as_uri()}
+    return config
+
+
+def test_a_config_whose_code_is_gone_is_not_sent_again(live: Serve, send: Callable[..., Exit], tmp_path: Path) -> None:
+    old, new = tmp_path / "old.zip", tmp_path / "new.zip"
+    for code in (old, new):
+        code.touch()
+    send(coded("old", old))
+    send(coded("new", new))
+    old.unlink()
+    puts = len(live.sent)
+    for check_mode in (False, True):
+        back = send(state="restored", check_mode=check_mode)
+        assert f"the code of app hello of config 1 is gone from this head: {old} is missing" in str(back)
+        assert "Fix: check out that code, and apply it" in str(back)
+    assert len(live.sent) == puts
+
+    new.unlink()
+    failed = send(coded("bad", tmp_path, fail=True))
+    assert "app hello is DEPLOY_FAILED" in str(failed)
+    assert "Everything is left as it is now: the code of app hello of config 2 is gone" in str(failed)
+    assert "sent again" not in str(failed)
+    assert (len(live.sent), live.words()) == (puts + 1, ["bad"])
+
+
+def test_a_refusal_after_the_consent_to_restart_brings_the_apps_back(
+    live: Serve, send: Callable[..., Exit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_client: Any, _timeout_s: float) -> None:
+        live.answers = [recorded("empty")]
+
+    put = serve.Client.put
+
+    def picky(client: Any, config: Json) -> None:
+        if config["http_options"]["port"] == 8001:
+            raise serve.Refused("Serve refused the config")
+        put(client, config)
+
+    monkeypatch.setattr(serve.Client, "delete", stop)
+    monkeypatch.setattr(serve.Client, "put", picky)
+    send(says("good"))
+    failed = send({**says("good"), "http_options": {"host": "127.0.0.1", "port": 8001}}, restart_serve=True)
+    assert "Serve refused the config" in str(failed)
+    assert failed.result["restored"] == 1
+    assert live.words() == ["good"]
 
 
 def test_a_history_that_cannot_be_written_stops_before_anything_is_sent(

@@ -74,6 +74,31 @@ def test_labels_count() -> None:
     assert rooms(nodes, taken, [actor("engine", "a", "g1")], 9, deployment("engine")) == 0
 
 
+@pytest.mark.parametrize(
+    ("pools", "grows"),
+    [
+        ({}, False),
+        ({"a": 1, "b": 4}, False),
+        ({"a": 2}, True),
+        ({"a": 2, "b": 2}, True),
+    ],
+)
+def test_a_pool_grows_for_the_replicas_that_lie_in_it(pools: dict[str, int], grows: bool) -> None:
+    nodes = [node("n1", {"ray.io/node-group": "a"}, GPU=1.0), node("n2", {"ray.io/node-group": "b"}, GPU=1.0, CPU=1.0)]
+    actors = [actor("one", "n1", GPU=1.0), actor("two", "n2", GPU=1.0), actor("light", "n2", CPU=0.5)]
+    demands = [rollout.demand(deployment(name), [], actors) for name in ("one", "light")]
+    assert rollout.can_grow(rollout.free(nodes, [], actors), demands, pools) is grows
+
+
+def test_every_deployment_and_every_host_of_a_replica_needs_its_own_new_node() -> None:
+    nodes = [node(name, {"ray.io/node-group": "a"}, GPU=1.0) for name in ("n1", "n2")]
+    across = [group("g1", ("n1", {"GPU": 1.0}), ("n2", {"GPU": 1.0}))]
+    actors = [actor("engine", "n1", "g1")]
+    free, demand = rollout.free(nodes, across, actors), rollout.demand(deployment("engine"), across, actors)
+    grown = [rollout.can_grow(free, [demand] * count, {"a": most}) for count, most in [(1, 3), (1, 4), (2, 5), (2, 6)]]
+    assert grown == [False, True, False, True]
+
+
 def test_what_cannot_be_looked_at_is_not_guessed() -> None:
     assert rollout.demand(deployment("new"), [], []) is None
 

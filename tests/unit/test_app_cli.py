@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import yaml
 
 from clusterkit import operations, runner
+from clusterkit import plan as planning
 from clusterkit.errors import RunFailed
 from clusterkit.runner import Options, Result
 
@@ -197,6 +199,37 @@ def test_apply_runs_only_what_apps_need(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert playbook == "site.yml"
     assert options.tags == "model_store,app_code,serve_apps,verify"
     assert [json.loads(item) for item in options.extra_vars] == [{"serve_apps_rollout": "one_at_a_time"}]
+
+
+def test_what_the_inventory_keeps_secret_is_in_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither by a name that the head could know for a secret's, nor in Serve's own words."""
+    args = {"greeting": "***", "mirror": "http://kit:***@mirror.example/x"}
+    cluster = {"apps": [{"name": "greet", "args": args}]}
+    said = "cannot reach http://kit:hush@mirror.example/x"
+    change: Json = {"what": "app", "name": "greet", "wanted": {"args.greeting": "hush", "args.size": 2}}
+    change["actual"] = {"args.greeting": "hush-hush", "args.size": 1}
+    running: Json = {"name": "greet", "status": "RUNNING", "message": said}
+    running["deployments"] = {"Greeter": {"message": said, "replicas": []}}
+    config = {"config": {"args": {"greeting": "hush", "size": 1, "words": ["hello"]}}}
+    seen: Json = {
+        "reachable": True,
+        "applications": {"greet": running},
+        "changes": [change],
+        "history": [{"number": 1, "message": said}],
+        "effective": {"applications": {"greet": config}},
+        "number": 1,
+    }
+    tasks: Json = {planning.SPEC_TASK: {"cluster": cluster}, operations.APPS_TASK: seen, operations.ROLLBACK_TASK: seen}
+    result = Result(folder=tmp_path, results={task: {"box": answer} for task, answer in tasks.items()})
+    monkeypatch.setattr(runner, "run", lambda *_, **__: result)
+    told = operations.apps("inventory/local")
+    assert "hush" not in json.dumps(asdict(told))
+    assert told.changes[0]["wanted"] == {"args.greeting": planning.HIDDEN, "args.size": 2}
+    assert told.effective["applications"]["greet"]["config"]["args"]["words"] == ["hello"]
+    assert told.apps[0]["message"].startswith("cannot reach ")
+    back = operations.rollback_apps("inventory/local")
+    assert "hush" not in json.dumps(back.changes)
+    assert back.changes[0]["actual"]["args.size"] == 1
 
 
 def test_the_tasks_that_it_knows_by_name_are_there() -> None:
