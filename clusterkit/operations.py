@@ -314,7 +314,7 @@ def _first(result: Result, task: str) -> dict[str, Any]:
 def _agent(answer: dict[str, Any]) -> dict[str, Any]:
     said = _said(answer)
     return {
-        "state": said.get("state", "not installed"),
+        "state": said.get("state", "unreachable" if answer.get("unreachable") else "not installed"),
         "instance_id": said.get("instance_id"),
         "since": said.get("since"),
         "held": said.get("held"),

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +130,8 @@ def run(
 ) -> Result:
     """Run `playbook` (a name under the checkout) on `inventory`.
 
-    Raises SpecError where the inventory is wrong (nothing was touched), RunFailed where a host failed.
+    Raises SpecError where the inventory is wrong (nothing was touched), RunFailed where a host failed,
+    KeyboardInterrupt where it was stopped by a signal.
     """
     chosen = options or Options()
     result = Result(folder=workspace.new_run())
@@ -138,26 +142,30 @@ def run(
     if chosen.vault_password is not None:
         passwords[r"Vault password.*:\s*?$"] = chosen.vault_password
     _note_inputs(result.folder, playbook, inventory, chosen)
-    done = ansible_runner.run(
-        private_data_dir=str(result.folder),
-        # Where the command was given: what it names (`-e @file`, `--vault-id`) is relative to there.
-        project_dir=os.getcwd(),
-        # A second run of the same folder would inherit the first one's files.
-        ident="run",
-        playbook=str(workspace.playbook(playbook)),
-        # Not as `inventory=`: what does not exist would be written into a file as a host's name.
-        cmdline=shlex.join(["--inventory", inventory, *chosen.arguments()]),
-        envvars=_environment(),
-        passwords=passwords or None,
-        # Without this, passwords would be written into the folder in clear.
-        suppress_env_files=True,
-        event_handler=collect.handle,
-        status_handler=lambda status, **_: _forget_command(result.folder, status),
-        quiet=True,
-    )
+    with _signals_kept():
+        done = ansible_runner.run(
+            private_data_dir=str(result.folder),
+            # Where the command was given: what it names (`-e @file`, `--vault-id`) is relative to there.
+            project_dir=os.getcwd(),
+            # A second run of the same folder would inherit the first one's files.
+            ident="run",
+            playbook=str(workspace.playbook(playbook)),
+            # Not as `inventory=`: what does not exist would be written into a file as a host's name.
+            cmdline=shlex.join(["--inventory", inventory, *chosen.arguments()]),
+            envvars=_environment(),
+            passwords=passwords or None,
+            # Without this, passwords would be written into the folder in clear.
+            suppress_env_files=True,
+            event_handler=collect.handle,
+            status_handler=lambda status, **_: _forget_command(result.folder, status),
+            quiet=True,
+        )
     result.status, result.return_code = done.status, done.rc
     (result.folder / "report.json").write_text(json.dumps(_report(result), indent=1), encoding="utf-8")
-    if result.failures:
+    if result.status == "canceled":
+        raise KeyboardInterrupt
+    # What was ignored stands among them, too: Ansible's own verdict counts.
+    if result.failures and done.rc != 0:
         findings = _findings(result)
         if findings:
             raise SpecError(findings)
@@ -168,6 +176,20 @@ def run(
             host="", role="", task="", message=_last_words(text), log=str(result.log)
         )
     return result
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """ansible_runner takes Ctrl-C for itself, and keeps it after its run: nothing would end a program any more."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 class _Collector:

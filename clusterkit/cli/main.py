@@ -196,11 +196,16 @@ def render_variables() -> None:
 # Typer brings its own click: its usage errors are found from a class that it makes public.
 _ClickError: type[Any] = typer.BadParameter.__mro__[2]
 
+# What it makes of Ctrl-C.
+CTRL_C = 130
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a run or a check failed, 2 the request was wrong."""
     try:
         code = app(arguments, standalone_mode=False)
+        if code == CTRL_C:
+            raise KeyboardInterrupt
     except ClusterkitError as error:
         output.failure(error)
         sys.exit(error.exit_code)

@@ -143,7 +143,7 @@ def test_the_first_request_switches_a_host_on_and_is_answered(site: ScaledSite, 
         for seen in ("booting|starting", "busy", r"tiny +RUNNING +[1-9]"):
             watch.expect(seen, timeout=COLD_S)
         watch.sendintr()
-        watch.expect(pexpect.EOF, timeout=60)
+        watch.expect("stopped; the same command", timeout=60)
         answer = asked.result()
     assert answer.usage is not None
     assert answer.usage.completion_tokens >= 1

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from clusterkit import operations, runner, workspace
 from clusterkit.errors import SpecError, UsageError
 from clusterkit.runner import Event, Options, Result
 from clusterkit.spec.findings import Place
+from tests.support import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -338,3 +342,20 @@ def test_a_real_run_leaves_its_report_and_no_secret(state: Path, capfd: pytest.C
     assert [path for path in files if b"hush" in path.read_bytes()] == []
     # The runner tells its caller; it prints nothing.
     assert capfd.readouterr() == ("", "")
+
+
+def test_after_a_run_ctrl_c_is_the_program_s_own_again(state: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    operations.validate(str(ROOT / "inventory/h100"))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_is_stopped_says_so(state: Path) -> None:
+    """Its hosts are addresses that nobody has, so it waits for them."""
+    words = [sys.executable, "-m", "clusterkit", "status", "--watch", "-i", str(ROOT / "inventory/h100")]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
+        until(lambda: list((state / "clusterkit/runs").glob("*/artifacts/run/job_events/*.json")))
+        watch.send_signal(signal.SIGINT)
+        _, said = watch.communicate(timeout=60)
+    assert watch.returncode == 1
+    assert "stopped; the same command again goes on from here" in said
