@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any
@@ -17,9 +16,8 @@ from rich.table import Table
 from clusterkit import operations, workspace
 from clusterkit.cli import output
 from clusterkit.cli.options import RUNS, Given, Inventory, Json, takes
-from clusterkit.errors import RunFailed, UsageError
+from clusterkit.errors import UsageError
 from clusterkit.operations import Apps
-from clusterkit.runner import Event
 from clusterkit.spec.findings import did_you_mean
 
 app = typer.Typer(no_args_is_help=True, help="Apps on Ray Serve: look, compare, apply, go back. No node is restarted.")
@@ -100,7 +98,7 @@ def apply(
 
     Where an app does not come up, the config that ran before is put back, and the exit code is 1.
     """
-    with _running(as_json) as show:
+    with output.running(as_json) as show:
         done = operations.apply_apps(
             workspace.inventory(inventory),
             given.options(),
@@ -127,7 +125,7 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Apply an earlier config again that ran. The inventory goes on declaring the other one."""
-    with _running(as_json) as show:
+    with output.running(as_json) as show:
         done = operations.rollback_apps(workspace.inventory(inventory), given.options(), number=to, on_event=show)
     if as_json:
         output.data({**asdict(done), "log": str(done.log)})
@@ -164,18 +162,6 @@ def effective(
 def _look(given: Given, inventory: str | None) -> Apps:
     with output.Progress(quiet=True) as show:
         return operations.apps(workspace.inventory(inventory), given.options(), on_event=show)
-
-
-@contextmanager
-def _running(as_json: bool) -> Iterator[Callable[[Event], None]]:
-    """Progress; with --json the data of a run that failed, too."""
-    try:
-        with output.Progress(quiet=as_json) as show:
-            yield show
-    except RunFailed as error:
-        if as_json:
-            output.data(error.as_dict())
-        raise
 
 
 def _replicas(item: dict[str, Any]) -> str:

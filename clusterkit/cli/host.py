@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +13,9 @@ from rich.markup import escape
 from clusterkit import inventory_file, operations, workspace
 from clusterkit.cli import output
 from clusterkit.cli.options import RUNS, Given, Inventory, Json, takes
-from clusterkit.errors import RunFailed, UsageError
+from clusterkit.errors import UsageError
 from clusterkit.operations import HostChange
-from clusterkit.runner import Event, Result
+from clusterkit.runner import Result
 
 app = typer.Typer(no_args_is_help=True, help="Change a running cluster by one host; no other host is touched.")
 
@@ -47,7 +45,7 @@ def add(
     variables = dict(inventory_file.variable(text) for text in var or ())
     if address is not None:
         variables = {"ansible_host": inventory_file.address(address), **variables}
-    with _running(as_json) as show:
+    with output.running(as_json) as show:
         change = operations.add_host(
             where, host, pool=pool, variables=variables, options=given.options(), on_event=show
         )
@@ -77,7 +75,7 @@ def drain(
     Nothing starts it again, no deploy and no autoscaler, until `host add NAME` ends the maintenance.
     """
     where = workspace.inventory(inventory)
-    with _running(as_json) as show:
+    with output.running(as_json) as show:
         change = operations.drain_host(where, host, reason=reason, force=force, options=given.options(), on_event=show)
     held = change.held or f"in maintenance: {reason}"
     _tell(change, as_json, f"{host} is off, {held}. To put it back: clusterkit host add {host}")
@@ -93,7 +91,7 @@ def release(
 ) -> None:
     """End a host's quarantine or maintenance. Starts nothing: the next deploy, or `host add NAME`, does."""
     where = workspace.inventory(inventory)
-    with _running(as_json) as show:
+    with output.running(as_json) as show:
         change = operations.release_host(where, host, options=given.options(), on_event=show)
     _tell(change, as_json, f"{host} is released" if change.changed else f"{host} was not held")
 
@@ -114,23 +112,11 @@ def remove(
     where = workspace.inventory(inventory)
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"Take {host} out of {where}?", err=True)):
         raise UsageError("nothing was removed", hint="say --yes to remove without being asked")
-    with _running(as_json) as show:
+    with output.running(as_json) as show:
         change = operations.remove_host(where, host, force=force, options=given.options(), on_event=show)
     _tell(change, as_json, f"{host} is out" if change.changed else f"{host} is not in {where}: nothing to do")
     for line in change.left:
         output.err.print(f"[yellow]left on {escape(host)}:[/] {escape(line)}")
-
-
-@contextmanager
-def _running(as_json: bool) -> Iterator[Callable[[Event], None]]:
-    """Progress; with --json the data of a run that failed, too."""
-    try:
-        with output.Progress(quiet=as_json) as show:
-            yield show
-    except RunFailed as error:
-        if as_json:
-            output.data(error.as_dict())
-        raise
 
 
 def _tell(change: HostChange, as_json: bool, words: str) -> None:

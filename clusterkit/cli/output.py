@@ -7,7 +7,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -69,6 +70,18 @@ class Progress:
         elif event.kind in {"failed", "unreachable"} and not event.ignored and not self.quiet:
             where = f"{event.role}: " if event.role else ""
             err.print(f"[dim]{elapsed}[/]    [red]{event.kind}[/] {event.host}  {escape(where + event.task)}")
+
+
+@contextmanager
+def running(as_json: bool) -> Iterator[Callable[[Event], None]]:
+    """Progress; with --json the data of a run that failed, too."""
+    try:
+        with Progress(quiet=as_json) as show:
+            yield show
+    except RunFailed as error:
+        if as_json:
+            data(error.as_dict())
+        raise
 
 
 def summary(result: Result) -> None:
