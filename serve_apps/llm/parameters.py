@@ -8,17 +8,15 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
-    StrictFloat,
     StrictInt,
     Tag,
     field_validator,
     model_validator,
 )
 
+from serve_apps.replicas import AUTOSCALING, Number, Positive, Seconds, Strict
 from serve_apps.template import LoggingConfig
 
 # What Ray LLM takes as accelerator_type; anything else stops the app when it is built.
@@ -68,21 +66,7 @@ OWNED_ENGINE_KWARGS = {
 }
 
 # What only an app says whose replicas come and go.
-SCALING = (
-    "min_replicas",
-    "max_replicas",
-    "initial_replicas",
-    "target_ongoing_requests",
-    "upscale_delay_s",
-    "downscale_delay_s",
-    "downscale_to_zero_delay_s",
-    "ingress_min_replicas",
-    "ingress_max_replicas",
-)
-
-Number = StrictInt | StrictFloat
-Seconds = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
+SCALING = (*AUTOSCALING, "ingress_min_replicas", "ingress_max_replicas")
 
 
 def nearest_accelerator(name: str) -> str | None:
@@ -103,29 +87,25 @@ def nearest_accelerator(name: str) -> str | None:
     return by_folded[near[0]] if near else None
 
 
-class _Parameters(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def _absolute(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError("must be an absolute path")
     return value.rstrip("/") or "/"
 
 
-class MadeModel(_Parameters):
+class MadeModel(Strict):
     """A model that the kit makes on the host: random weights, for checks."""
 
     make: Annotated[str, Field(pattern=r"^tiny-llama$", description="which one; there is `tiny-llama`")]
 
 
-class FolderModel(_Parameters):
+class FolderModel(Strict):
     """A folder that is there already, on every host under the same path."""
 
     folder: Annotated[str, AfterValidator(_absolute), Field(description="absolute path on the hosts")]
 
 
-class HubModel(_Parameters):
+class HubModel(Strict):
     """A repository of the Hugging Face Hub, or of a mirror that speaks its API: fetched once to every host."""
 
     hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] = Field(
@@ -138,7 +118,7 @@ class HubModel(_Parameters):
     ignore_patterns: tuple[str, ...] = Field((), description="no file that matches one of these")
 
 
-_SOURCES: dict[str, type[_Parameters]] = {"make": MadeModel, "folder": FolderModel, "hub": HubModel}
+_SOURCES: dict[str, type[Strict]] = {"make": MadeModel, "folder": FolderModel, "hub": HubModel}
 
 
 def _source_kind(value: Any) -> str | None:
@@ -157,7 +137,7 @@ ModelSource = Annotated[
 ]
 
 
-class LlmParameters(_Parameters):
+class LlmParameters(Strict):
     """One model, served with the OpenAI API."""
 
     model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")] = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from serve_apps.llm.parameters import LlmParameters
+from serve_apps.replicas import LOOKED_AFTER, RAY_2_60
 from serve_apps.template import RayNeed, ReplicaDemand
 
 PARAMETERS = LlmParameters
@@ -20,8 +21,6 @@ INGRESS_CPUS = 0.1
 MEMORY_SHARE = 0.9
 # Ray LLM's own limit on an answer, or on the beginning of a stream (RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT).
 RESPONSE_TIMEOUT_S = 600
-# First seen in the schema of Ray 2.60.0; 2.52.1 lacks them.
-RAY_2_60 = ("rolling_update_percentage", "max_surge_percent")
 
 
 def deployment_name(model_id: str, server_class: str | None = None) -> str:
@@ -209,12 +208,7 @@ def _server(parameters: LlmParameters) -> dict[str, Any]:
     server: dict[str, Any] = {
         "name": deployment_name(parameters.model_id, parameters.server_class),
         **_replicas(parameters, parameters.min_replicas, parameters.max_replicas),
-        "max_ongoing_requests": parameters.max_ongoing_requests,
-        "max_queued_requests": parameters.max_queued_requests,
-        "health_check_period_s": parameters.health_check_period_s,
-        "health_check_timeout_s": parameters.health_check_timeout_s,
-        "graceful_shutdown_wait_loop_s": parameters.graceful_shutdown_wait_loop_s,
-        "graceful_shutdown_timeout_s": parameters.graceful_shutdown_timeout_s,
+        **{name: getattr(parameters, name) for name in LOOKED_AFTER},
         **_rollout(parameters),
     }
     if parameters.user_config:
