@@ -17,7 +17,7 @@ from clusterkit.cli import app as app_verbs
 from clusterkit.cli import host as host_verbs
 from clusterkit.cli import image, init, lab, output, plan, status
 from clusterkit.cli.options import READS, RUNS, Given, Inventory, Json, takes
-from clusterkit.errors import ClusterkitError, RunFailed, SpecError, UsageError
+from clusterkit.errors import ClusterkitError, SpecError, UsageError
 from clusterkit.render.variables import variables
 from clusterkit.spec.stacks import table as stack_table
 
@@ -85,13 +85,8 @@ def deploy(
     options = given.options(check=check, diff=diff, rest=tuple(context.args))
     if skip_off:
         options = replace(options, extra_vars=(*options.extra_vars, "skip_off=true"))
-    try:
-        with output.Progress(quiet=as_json) as show:
-            done = operations.deploy(workspace.inventory(inventory), options, on_event=show)
-    except RunFailed as error:
-        if as_json:
-            output.data(error.as_dict())
-        raise
+    with output.running(as_json) as show:
+        done = operations.deploy(workspace.inventory(inventory), options, on_event=show)
     hosts = {host: asdict(count) for host, count in done.result.hosts.items()}
     if as_json:
         output.data(
