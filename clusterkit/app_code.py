@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import os
@@ -74,10 +75,24 @@ def _digest(files: Mapping[str, bytes]) -> str:
 
 
 def _kit(template: str) -> dict[str, bytes]:
+    """The template's modules that run in replicas, and those beside the templates that these import."""
     package = workspace.ROOT / "serve_apps"
     modules = [path for path in sorted((package / template).glob("*.py")) if path.name not in CONTROLLER_ONLY]
-    paths = [package / "__init__.py", *modules]
-    return {str(path.relative_to(workspace.ROOT)): path.read_bytes() for path in paths}
+    found = {path: path.read_bytes() for path in [package / "__init__.py", *modules]}
+    todo = list(modules)
+    while todo:
+        for name in _imported(found[todo.pop()]):
+            path = package / f"{name}.py"
+            if path not in found and path.is_file():
+                found[path] = path.read_bytes()
+                todo.append(path)
+    return {str(path.relative_to(workspace.ROOT)): text for path, text in found.items()}
+
+
+def _imported(text: bytes) -> list[str]:
+    """What `from serve_apps.NAME import …` names in a module."""
+    modules = (node.module or "" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom))
+    return [name.removeprefix("serve_apps.") for name in modules if name.startswith("serve_apps.")]
 
 
 def _site(folder: Path) -> dict[str, bytes]:

@@ -75,6 +75,41 @@ class AppCode:
     parameter: str = ""
 
 
+def offline(env_vars: Mapping[str, str]) -> dict[str, str]:
+    """An app's environment: the weights lie on the host, so nothing is to be looked up outside."""
+    return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **env_vars}
+
+
+def entry(
+    *,
+    name: str,
+    route_prefix: str,
+    import_path: str,
+    env_vars: Mapping[str, str],
+    deployments: Sequence[dict[str, Any]],
+    args: Mapping[str, Any] | None = None,
+    code_uri: str | None = None,
+    logging_config: LoggingConfig | None = None,
+) -> dict[str, Any]:
+    """One entry of `applications`. Serve hashes `args` and `runtime_env` and replaces all replicas when they change;
+    what stands under `deployments` is applied to the running ones."""
+    runtime_env: dict[str, Any] = {"env_vars": dict(env_vars)}
+    if code_uri is not None:
+        runtime_env["working_dir"] = code_uri
+    app: dict[str, Any] = {
+        "name": name,
+        "route_prefix": route_prefix,
+        "import_path": import_path,
+        "runtime_env": runtime_env,
+    }
+    if args:
+        app["args"] = dict(args)
+    app["deployments"] = list(deployments)
+    if logging_config is not None:
+        app["logging_config"] = logging_config.model_dump(mode="json")
+    return app
+
+
 def _no_code(_: BaseModel) -> AppCode | None:
     return None
 

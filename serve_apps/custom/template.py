@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from serve_apps.custom.parameters import CustomParameters, Deployment
-from serve_apps.template import AppCode, RayNeed, ReplicaDemand
+from serve_apps.template import AppCode, RayNeed, ReplicaDemand, entry
 
 PARAMETERS = CustomParameters
 OPENAI_API = False
@@ -51,21 +51,16 @@ def render(
     code_uri: str | None = None,
 ) -> dict[str, Any]:
     """One entry of `applications`. Another code is another `code_uri`, and so other replicas."""
-    runtime_env: dict[str, Any] = {"env_vars": dict(parameters.env_vars)}
-    if code_uri is not None:
-        runtime_env["working_dir"] = code_uri
-    app: dict[str, Any] = {
-        "name": name,
-        "route_prefix": route_prefix,
-        "import_path": parameters.import_path,
-        "runtime_env": runtime_env,
-        "deployments": [_deployment(item, accelerator) for item in parameters.deployments],
-    }
-    if parameters.args:
-        app["args"] = parameters.args
-    if parameters.logging_config is not None:
-        app["logging_config"] = parameters.logging_config.model_dump(mode="json")
-    return app
+    return entry(
+        name=name,
+        route_prefix=route_prefix,
+        import_path=parameters.import_path,
+        env_vars=parameters.env_vars,
+        code_uri=code_uri,
+        logging_config=parameters.logging_config,
+        args=parameters.args,
+        deployments=[_deployment(item, accelerator) for item in parameters.deployments],
+    )
 
 
 def _deployment(item: Deployment, accelerator: str) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from ray import serve
-from starlette.exceptions import HTTPException
+
+from serve_apps.openai_api import Refused, models, new_api, own_limit, wanted_body
 
 # OpenAI's own limit on texts of one request.
 MAX_INPUTS = 2048
@@ -30,16 +31,6 @@ class Settings(BaseModel):
     max_length: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
-
-
-class Refused(Exception):
-    """An answer in OpenAI's shape."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
-        super().__init__(message)
-        self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def wanted_inputs(body: Any) -> list[Any]:
@@ -78,25 +69,7 @@ def encoded(vector: Any, form: str) -> Any:
     return vector.tolist() if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-
-@api.exception_handler(Refused)
-async def _refused(_: Request, error: Refused) -> JSONResponse:
-    return JSONResponse(error.body, status_code=error.status)
-
-
-@api.exception_handler(HTTPException)
-async def _no_such_page(request: Request, error: HTTPException) -> JSONResponse:
-    shaped = Refused(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-    return JSONResponse(shaped.body, status_code=shaped.status, headers=error.headers)
-
-
-@api.exception_handler(Exception)
-async def _fault(_: Request, error: Exception) -> JSONResponse:
-    # What happened stands in the replica's log; it is no business of the client's.
-    shaped = Refused("the server had an error while it worked on this request", status=500)
-    return JSONResponse(shaped.body, status_code=500)
+api = new_api()
 
 
 @serve.deployment
@@ -110,16 +83,11 @@ class Embeddings:
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
         model = AutoModel.from_pretrained(settings.model_path)
         self.model = model.to(device=settings.device, dtype=getattr(torch, settings.dtype)).eval()
-        self.limit = settings.max_length or self._own_limit(model.config)
+        self.limit = settings.max_length or own_limit(self.tokenizer, model.config, 512)
         # One thread each: tokenizers and models are not made for two, and Serve's own loop must not wait for them.
         self.reading, self.working = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         # The first one on a GPU takes seconds; its size is what `dimensions` is compared with.
         self.size = len(self._work([self._read(["warm"])[0]])[0])
-
-    def _own_limit(self, config: Any) -> int:
-        # Tokenizers without a limit say a number that is none.
-        limits = (self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-        return min((int(limit) for limit in limits if limit and limit < 10**9), default=512)
 
     def reconfigure(self, batches: dict[str, Any]) -> None:
         """`user_config`; running replicas take it."""
@@ -127,16 +95,12 @@ class Embeddings:
         self._embed.set_batch_wait_timeout_s(float(batches["batch_wait_timeout_s"]))
 
     @api.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        entry = {"id": self.settings.model_id, "object": "model", "created": self.created, "owned_by": "clusterkit"}
-        return {"object": "list", "data": [entry]}
+    async def known_models(self) -> dict[str, Any]:
+        return models(self.settings.model_id, self.created)
 
     @api.post("/v1/embeddings")
     async def embeddings(self, request: Request) -> JSONResponse:
-        try:
-            body = await request.json()
-        except ValueError:
-            raise Refused("the body is no JSON") from None
+        body = await wanted_body(request)
         inputs, form = wanted_inputs(body), wanted_format(body)
         if body["model"] != self.settings.model_id:
             raise Refused(f"there is no model {body['model']!r} here", "model", "model_not_found", 404)

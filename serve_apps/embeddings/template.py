@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from serve_apps.embeddings.parameters import EmbeddingsParameters
-from serve_apps.template import AppCode, RayNeed, ReplicaDemand
+from serve_apps.template import AppCode, RayNeed, ReplicaDemand, entry, offline
 
 PARAMETERS = EmbeddingsParameters
 # It speaks another part of it: nothing there answers a chat.
@@ -51,18 +51,14 @@ def render(
     """One entry of `applications`. What the model is stands in `args`: a change there replaces the replicas. Sizes of
     batches are `user_config`, which running replicas are given."""
     on_gpus = accelerator != "cpu"
-    runtime_env: dict[str, Any] = {
-        # The weights lie on the host: nothing is to be looked up outside.
-        "env_vars": {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **parameters.env_vars}
-    }
-    if code_uri is not None:
-        runtime_env["working_dir"] = code_uri
-    app: dict[str, Any] = {
-        "name": name,
-        "route_prefix": route_prefix,
-        "import_path": IMPORT_PATH,
-        "runtime_env": runtime_env,
-        "args": {
+    return entry(
+        name=name,
+        route_prefix=route_prefix,
+        import_path=IMPORT_PATH,
+        env_vars=offline(parameters.env_vars),
+        code_uri=code_uri,
+        logging_config=parameters.logging_config,
+        args={
             "model_id": parameters.model_id,
             "model_path": model_path,
             "pooling": parameters.pooling,
@@ -72,7 +68,7 @@ def render(
             # PyTorch calls AMD's GPUs so, too.
             "device": "cuda" if on_gpus else "cpu",
         },
-        "deployments": [
+        deployments=[
             {
                 "name": DEPLOYMENT,
                 **parameters.overrides(),
@@ -86,7 +82,4 @@ def render(
                 },
             }
         ],
-    }
-    if parameters.logging_config is not None:
-        app["logging_config"] = parameters.logging_config.model_dump(mode="json")
-    return app
+    )

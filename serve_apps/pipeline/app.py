@@ -15,15 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
-from serve_apps.pipeline.chat import Refused, Text, sampling, wanted_chat, wanted_stream
+from serve_apps.openai_api import FAULT, Refused, models, new_api, own_limit, wanted_body
+from serve_apps.pipeline.chat import Text, sampling, wanted_chat, wanted_stream
 
 
 class Model(BaseModel):
@@ -44,9 +44,6 @@ class Settings(BaseModel):
     generator: Model
 
 
-FAULT = Refused("the server had an error while it worked on this request", status=500)
-
-
 # --------------------------------------------------------------------------- the models
 
 
@@ -56,12 +53,6 @@ def put_on_device(torch: Any, model: Any, settings: Model) -> Any:
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1)
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     return model.to(device=settings.device, dtype=getattr(torch, settings.dtype)).eval()
-
-
-def own_limit(tokenizer: Any, config: Any, otherwise: int) -> int:
-    """Tokens that the model can take. Tokenizers without a limit say a number that is none."""
-    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-    return min((int(limit) for limit in limits if limit and limit < 10**9), default=otherwise)
 
 
 @serve.deployment
@@ -228,25 +219,7 @@ class Generator:
 
 # --------------------------------------------------------------------------- the ingress
 
-api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-
-@api.exception_handler(Refused)
-async def _refused(_: Request, error: Refused) -> JSONResponse:
-    return JSONResponse(error.body, status_code=error.status)
-
-
-@api.exception_handler(HTTPException)
-async def _no_such_page(request: Request, error: HTTPException) -> JSONResponse:
-    shaped = Refused(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-    return JSONResponse(shaped.body, status_code=shaped.status, headers=error.headers)
-
-
-@api.exception_handler(Exception)
-async def _fault(_: Request, error: Exception) -> JSONResponse:
-    # What happened stands in the replica's log; it is no business of the client's.
-    return JSONResponse(FAULT.body, status_code=500)
-
+api = new_api()
 
 # Serve takes a copy of the ingress with all that it uses when it comes to the decorator: nothing of it stands below.
 
@@ -289,9 +262,8 @@ class Ingress:
         self.classifier, self.generator = classifier, generator.options(stream=True)
 
     @api.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        entry = {"id": self.settings.model_id, "object": "model", "created": self.created, "owned_by": "clusterkit"}
-        return {"object": "list", "data": [entry]}
+    async def known_models(self) -> dict[str, Any]:
+        return models(self.settings.model_id, self.created)
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
@@ -302,10 +274,7 @@ class Ingress:
             raise Refused(str(error), code="unavailable", status=503) from None
 
     async def _chat(self, request: Request) -> Response:
-        try:
-            body = await request.json()
-        except ValueError:
-            raise Refused("the body is no JSON") from None
+        body = await wanted_body(request)
         wanted, (stream, with_usage) = wanted_chat(body), wanted_stream(body)
         if body["model"] != self.settings.model_id:
             raise Refused(f"there is no model {body['model']!r} here", "model", "model_not_found", 404)

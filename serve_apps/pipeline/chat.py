@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve_apps.openai_api import Refused
+
 # What of OpenAI's request is obeyed; `user` and the like are about OpenAI's own accounts.
 OBEYED = {
     "model",
@@ -28,18 +30,6 @@ ASKS_NOTHING: dict[str, list[Any]] = {
 }
 # OpenAI's newer name of what models are trained with.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
-class Refused(Exception):
-    """An answer in OpenAI's shape."""
-
-    def __init__(
-        self, message: str, param: str | None = None, code: str | None = None, status: int = 400, **more: Any
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code, **more}}
 
 
 def wanted_chat(body: Any) -> dict[str, Any]:

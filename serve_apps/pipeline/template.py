@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from serve_apps.pipeline.parameters import Classifier, Generator, PipelineParameters
 from serve_apps.replicas import AUTOSCALING
-from serve_apps.template import AppCode, RayNeed, ReplicaDemand, gpu_share
+from serve_apps.template import AppCode, RayNeed, ReplicaDemand, entry, gpu_share, offline
 
 PARAMETERS = PipelineParameters
 # It chats, but the probe's question might be one that the site's classifier blocks.
@@ -77,18 +77,14 @@ def render(
     `user_config`, which running replicas are given."""
     classifier, generator = parameters.classifier, parameters.generator
     on_gpus = accelerator != "cpu"
-    runtime_env: dict[str, Any] = {
-        # The weights lie on the host: nothing is to be looked up outside.
-        "env_vars": {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **parameters.env_vars}
-    }
-    if code_uri is not None:
-        runtime_env["working_dir"] = code_uri
-    app: dict[str, Any] = {
-        "name": name,
-        "route_prefix": route_prefix,
-        "import_path": IMPORT_PATH,
-        "runtime_env": runtime_env,
-        "args": {
+    return entry(
+        name=name,
+        route_prefix=route_prefix,
+        import_path=IMPORT_PATH,
+        env_vars=offline(parameters.env_vars),
+        code_uri=code_uri,
+        logging_config=parameters.logging_config,
+        args={
             "model_id": parameters.model_id,
             "max_prompt_chars": parameters.max_prompt_chars,
             "classifier": {
@@ -97,7 +93,7 @@ def render(
             },
             "generator": _model(generator, model_paths["generator"], on_gpus),
         },
-        "deployments": [
+        deployments=[
             {
                 "name": INGRESS,
                 # As many as generators: they come and go with the same load, and end as slowly.
@@ -123,10 +119,7 @@ def render(
                 "ray_actor_options": _resources(generator, on_gpus, 1, gpu_memory_gib),
             },
         ],
-    }
-    if parameters.logging_config is not None:
-        app["logging_config"] = parameters.logging_config.model_dump(mode="json")
-    return app
+    )
 
 
 def _model(part: Classifier | Generator, path: str, on_gpu: bool) -> dict[str, Any]:
