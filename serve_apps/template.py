@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -73,6 +73,19 @@ class AppCode:
     folder: str = ""
     module: str = ""
     parameter: str = ""
+
+
+def parts(parameters: BaseModel, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], BaseModel]]:
+    """The parameters, and every block of parameters in them, each with its path."""
+    yield path, parameters
+    for name in type(parameters).model_fields:
+        value = getattr(parameters, name)
+        if isinstance(value, BaseModel):
+            yield from parts(value, (*path, name))
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, BaseModel):
+                    yield from parts(item, (*path, name, index))
 
 
 def offline(env_vars: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from clusterkit.spec.cluster import App, ClusterSpec
+from clusterkit.spec.ingress import GRACE
 from serve_apps.template import ONLY_MODEL
 
 
@@ -53,8 +54,19 @@ def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
 
 def _parameters(spec: ClusterSpec, app: App) -> BaseModel:
     """A replica that is replaced has as long as a request may take, where the inventory says no other time."""
-    given, longest, name = app.parameters, spec.facts.serve.request_timeout_s, "graceful_shutdown_timeout_s"
-    grace = getattr(given, name, None)
-    if longest is None or grace is None or grace >= longest or name in given.model_fields_set:
-        return given
-    return given.model_copy(update={name: longest})
+    longest = spec.facts.serve.request_timeout_s
+    return app.parameters if longest is None else _patient(app.parameters, longest)
+
+
+def _patient(given: BaseModel, longest: float) -> BaseModel:
+    changed: dict[str, Any] = {}
+    for name in type(given).model_fields:
+        value = getattr(given, name)
+        if isinstance(value, BaseModel) and (inner := _patient(value, longest)) is not value:
+            changed[name] = inner
+    grace = getattr(given, GRACE, None)
+    # What the site's own code says of its deployments stays, where the inventory is silent.
+    ours = getattr(given, "DEFAULTS_ARE_RENDERED", True)
+    if ours and grace is not None and grace < longest and GRACE not in given.model_fields_set:
+        changed[GRACE] = longest
+    return given.model_copy(update=changed) if changed else given

@@ -15,10 +15,12 @@ from clusterkit.spec.facts import ClusterFacts
 from clusterkit.spec.findings import Finding
 from clusterkit.spec.raw import RawValue
 from clusterkit.spec.stacks import Stack, table
+from serve_apps.template import parts
 
 if TYPE_CHECKING:
     from clusterkit.spec.cluster import App
 
+GRACE = "graceful_shutdown_timeout_s"
 # The first Ray that was seen with it.
 HAPROXY_RAY = "2.60.0"
 EVERYWHERE = ("0.0.0.0", "::")
@@ -131,13 +133,13 @@ def app_findings(
                 if name.startswith("ingress_"):
                     problem = "with clusterkit_serve.direct_streaming the app has no ingress of its own"
                     yield _about(index, name, problem, "take it out", value)
-        # Where the inventory says nothing, it is rendered as long as it has to be.
-        said = "graceful_shutdown_timeout_s" in asked.model_fields_set
-        grace, longest = getattr(asked, "graceful_shutdown_timeout_s", None), serve.request_timeout_s
-        if said and grace is not None and longest is not None and grace < longest:
-            problem = f"is {grace:g}, and a request may take {longest:g} s (clusterkit_serve.request_timeout_s)"
-            fix = f"raise it to {longest:g}: a replica that is replaced would cut its longest requests"
-            yield _about(index, "graceful_shutdown_timeout_s", problem, fix, value)
+        for path, part in parts(asked):
+            grace, longest = getattr(part, GRACE, None), serve.request_timeout_s
+            # Where the inventory says nothing, it is rendered as long as it has to be.
+            if GRACE in part.model_fields_set and grace is not None and longest is not None and grace < longest:
+                problem = f"is {grace:g}, and a request may take {longest:g} s (clusterkit_serve.request_timeout_s)"
+                fix = f"raise it to {longest:g}: a replica that is replaced would cut its longest requests"
+                yield _about(index, (*path, GRACE), problem, fix, value)
         start = getattr(asked, "engine_start_timeout_s", None)
         if start is not None and start > serve.ready_timeout_s:
             problem = f"is {start:g}, and a rollout is given up after {serve.ready_timeout_s} s"
@@ -145,6 +147,9 @@ def app_findings(
             yield _about(index, "engine_start_timeout_s", problem, fix, value)
 
 
-def _about(index: int, parameter: str, problem: str, fix: str, value: RawValue) -> Finding:
-    place = value.place((index, "parameters", parameter))
-    return Finding(place, f"clusterkit_apps[{index}].parameters.{parameter}", problem, fix)
+def _about(index: int, parameter: str | tuple[str | int, ...], problem: str, fix: str, value: RawValue) -> Finding:
+    path = tuple(parameter.split(".")) if isinstance(parameter, str) else parameter
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return Finding(
+        value.place((index, "parameters", *path)), f"clusterkit_apps[{index}].parameters{name}", problem, fix
+    )

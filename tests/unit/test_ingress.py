@@ -28,6 +28,18 @@ def serve(*apps: Vars, **options: Any) -> Vars:
     return {"clusterkit_serve": options, "clusterkit_apps": list(apps)}
 
 
+def chat(**given: Vars) -> Vars:
+    classifier = {"model_source": {"folder": "/srv/toxic"}, "block_labels": ["toxic"], **given.get("classifier", {})}
+    generator = {"model_source": {"folder": "/srv/chat"}, **given.get("generator", {})}
+    parameters = {"model_id": "chat", "classifier": classifier, "generator": generator}
+    return {"name": "chat", "template": "pipeline", "route_prefix": "/chat", "parameters": parameters}
+
+
+def own(*deployments: Vars) -> Vars:
+    parameters = {"code": "/srv/shop", "import_path": "main:app", "deployments": list(deployments)}
+    return {"name": "shop", "template": "custom", "route_prefix": "/shop", "parameters": parameters}
+
+
 def test_serves_own_proxy_asks_for_nothing_new() -> None:
     """Another port or environment would be a reason to restart Ray on every cluster that takes this release."""
     fact = spec_of().published()
@@ -140,6 +152,16 @@ def test_an_older_ray_is_refused_with_the_rows_that_can() -> None:
             "is 600, and a request may take 601 s",
         ),
         (
+            serve(chat(classifier={"graceful_shutdown_timeout_s": 30}), request_timeout_s=601),
+            "clusterkit_apps[0].parameters.classifier.graceful_shutdown_timeout_s",
+            "is 30, and a request may take 601 s",
+        ),
+        (
+            serve(own({"name": "A"}, {"name": "B", "graceful_shutdown_timeout_s": 30}), request_timeout_s=601),
+            "clusterkit_apps[0].parameters.deployments[1].graceful_shutdown_timeout_s",
+            "is 30, and a request may take 601 s",
+        ),
+        (
             serve(app(engine_start_timeout_s=901)),
             "clusterkit_apps[0].parameters.engine_start_timeout_s",
             "given up after 900 s",
@@ -165,6 +187,14 @@ def test_what_does_go_together() -> None:
     assert {item["graceful_shutdown_timeout_s"] for item in config["applications"][0]["deployments"]} == {1200}
     # One host asks nobody else.
     spec_of(serve(**HAPROXY, http_host="127.0.0.1"), workers={"h1": "gpus"})
+
+
+def test_every_deployment_has_as_long_as_its_requests() -> None:
+    config = serve_config(spec_of(serve(chat(), own({"name": "A"}), request_timeout_s=1200)))
+    pipeline, custom = config["applications"]
+    assert {item["graceful_shutdown_timeout_s"] for item in pipeline["deployments"]} == {1200}
+    # What the site's own code says of it is not known here.
+    assert custom["deployments"] == [{"name": "A"}]
 
 
 def test_the_serve_config_has_the_clusters_options() -> None:
