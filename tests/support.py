@@ -68,6 +68,19 @@ def until(
     return found
 
 
+def free_block(size: int) -> int:
+    """The first of `size` ports in a row that nobody listens on, below the range of outgoing connections."""
+    for base in range(20000, 30000, 100):
+        try:
+            for port in range(base, base + size):
+                with socket.socket() as probe:
+                    probe.bind(("", port))
+        except OSError:
+            continue
+        return base
+    raise AssertionError("no free ports")
+
+
 def wait_for_port(port: int, process: subprocess.Popen[Any], log: Path) -> None:
     """Until a process of this machine takes connections; its log is said where it ends or does not come."""
 

@@ -1,7 +1,5 @@
 """The `pipeline` app on a real Ray, with a classifier and a generator of random weights: what it blocks and answers
 against what the two models say by themselves.
-
-Needs an engine environment; CLUSTERKIT_TEST_ENGINE names one.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import ROOT
-from tests.e2e.test_app_templates import Site
+from tests.e2e.app_site import Site, app_site
+from tests.support import ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -161,21 +159,9 @@ def with_threshold(said: list[dict[str, Any]]) -> Direct:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Path:
-    given = os.environ.get("CLUSTERKIT_TEST_ENGINE")
-    if not given:
-        pytest.skip("needs an engine environment: CLUSTERKIT_TEST_ENGINE=/path/of/its/venv")
-    return Path(given)
-
-
-@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, engine: Path) -> Iterator[Site]:
-    made = Site(tmp_path_factory.mktemp("site"), engine)
-    try:
-        made.start()
+    with app_site(tmp_path_factory.mktemp("site"), engine) as made:
         yield made
-    finally:
-        made.stop()
 
 
 def python(engine: Path, *arguments: str, text: str | None = None) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from serve_apps import template as templates
+from tests.support import free_block
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "roles/ray_node/files/ray-node"
@@ -29,35 +30,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine environment; CLUSTERKIT_TEST_ENGINE names one that is there, to save two minutes."""
-    given = os.environ.get("CLUSTERKIT_TEST_ENGINE")
-    if given:
-        Node.engine = Path(given)
-        return Node.engine
-    root = tmp_path_factory.mktemp("engine")
-    command = ["ansible-playbook", "playbooks/images.yml", "-i", "inventory/local", "--tags", "ray_env"]
-    command += ["-e", json.dumps({"ray_env_path": str(root / "ray-env")})]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    Node.engine = root / "ray-env"
-    return Node.engine
-
-
-def free_block(size: int) -> int:
-    """The first of `size` ports in a row that nobody listens on, below the range of outgoing connections."""
-    for base in range(20000, 30000, 100):
-        try:
-            for port in range(base, base + size):
-                with socket.socket() as probe:
-                    probe.bind(("", port))
-        except OSError:
-            continue
-        return base
-    raise AssertionError("no free ports")
+def nodes_engine(engine: Path) -> None:
+    Node.engine = engine
 
 
 class Node:

@@ -14,10 +14,11 @@ import pytest
 
 from clusterkit.render.serve import serve_config
 from clusterkit.spec.cluster import ClusterSpec
-from tests.roles.test_engine_launcher import MAKER, Node, apply, ask, engine, free_block, wait_for
+from tests.roles.test_engine_launcher import MAKER, Node, apply, ask, nodes_engine, wait_for
+from tests.support import free_block
 from tests.unit.test_spec import spec_of
 
-__all__ = ["engine"]  # a fixture
+__all__ = ["nodes_engine"]  # a fixture
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
