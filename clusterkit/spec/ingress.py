@@ -148,7 +148,8 @@ def app_findings(
 
 
 def _about(index: int, parameter: str | tuple[str | int, ...], problem: str, fix: str, value: RawValue) -> Finding:
-    path = tuple(parameter.split(".")) if isinstance(parameter, str) else parameter
+    words = parameter.split(".") if isinstance(parameter, str) else parameter
+    path = tuple(int(word) if str(word).isdigit() else word for word in words)
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return Finding(
         value.place((index, "parameters", *path)), f"clusterkit_apps[{index}].parameters{name}", problem, fix

@@ -23,7 +23,8 @@ def code(parameters: CustomParameters) -> AppCode:
 
 
 def ray_needs(parameters: CustomParameters) -> list[RayNeed]:
-    return [need for item in parameters.deployments for need in item.needs()]
+    items = enumerate(parameters.deployments)
+    return [RayNeed(f"deployments.{n}.{need.parameter}", need.ray) for n, item in items for need in item.needs()]
 
 
 def demand(parameters: CustomParameters) -> tuple[ReplicaDemand, ...]:

@@ -120,7 +120,7 @@ def test_what_is_refused(given: dict[str, Any], words: str) -> None:
 
 def test_what_only_newer_rays_can() -> None:
     needs = ray_needs(parameters({"name": "A", "max_surge_percent": 20}, {"name": "B"}))
-    assert [(need.parameter, need.ray) for need in needs] == [("max_surge_percent", "2.60.0")]
+    assert [(need.parameter, need.ray) for need in needs] == [("deployments.0.max_surge_percent", "2.60.0")]
 
 
 # ------------------------------------------------------------------ room
