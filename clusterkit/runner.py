@@ -142,7 +142,7 @@ def run(
     if chosen.vault_password is not None:
         passwords[r"Vault password.*:\s*?$"] = chosen.vault_password
     _note_inputs(result.folder, playbook, inventory, chosen)
-    with _signals_kept():
+    with _stoppable() as stopped:
         done = ansible_runner.run(
             private_data_dir=str(result.folder),
             # Where the command was given: what it names (`-e @file`, `--vault-id`) is relative to there.
@@ -158,11 +158,12 @@ def run(
             suppress_env_files=True,
             event_handler=collect.handle,
             status_handler=lambda status, **_: _forget_command(result.folder, status),
+            cancel_callback=stopped,
             quiet=True,
         )
     result.status, result.return_code = done.status, done.rc
     (result.folder / "report.json").write_text(json.dumps(_report(result), indent=1), encoding="utf-8")
-    if result.status == "canceled":
+    if result.status == "canceled" or stopped():
         raise KeyboardInterrupt
     # What was ignored stands among them, too: Ansible's own verdict counts.
     if result.failures and done.rc != 0:
@@ -179,14 +180,20 @@ def run(
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    """ansible_runner takes Ctrl-C for itself, and keeps it after its run: nothing would end a program any more."""
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or a TERM came meanwhile. ansible_runner would take them for itself, keep them after its run, and
+    forget one that comes while it ends."""
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked.is_set
         return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(_number: int, _frame: object) -> None:
+        asked.set()
+
+    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked.is_set
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

@@ -350,6 +350,18 @@ def test_after_a_run_ctrl_c_is_the_program_s_own_again(state: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_counts_when_the_run_is_just_over(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a watch would go on."""
+
+    def at_the_end(_folder: Path, status: dict[str, Any]) -> None:
+        if status["status"] == "successful":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runner, "_forget_command", at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        operations.validate(str(ROOT / "inventory/h100"))
+
+
 def test_a_run_that_is_stopped_says_so(state: Path) -> None:
     """Its hosts are addresses that nobody has, so it waits for them."""
     words = [sys.executable, "-m", "clusterkit", "status", "--watch", "-i", str(ROOT / "inventory/h100")]
