@@ -19,11 +19,10 @@ import requests
 from tests.e2e.conftest import check_openai
 from tests.lab.conftest import ENVIRONMENT, Maker, clusterkit, playbook, recap
 from tests.lab.scaled_site import ScaledSite, scaled_site, until
+from tests.lab.streams import COLD_S, Streams
 
 pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
 
-# From off to a first token: a boot, a container, Ray, an engine.
-COLD_S = 420
 ECHO = """\
 import asyncio
 from ray import serve
@@ -65,39 +64,6 @@ def site(lab_of: Maker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
 @pytest.fixture(scope="module")
 def url(site: ScaledSite) -> str:
     return f"http://{site.address('head')}:8000/v1"
-
-
-class Streams(threading.Thread):
-    """Long chats, one after the other, until it is told to stop; each ends in `ended`."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(daemon=True)
-        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=COLD_S)
-        self.running, self.enough = threading.Event(), threading.Event()
-        self.ended: list[str] = []
-        self.start()
-
-    def run(self) -> None:
-        while not self.enough.is_set():
-            try:
-                self.ended.append(self.one())
-            except openai.OpenAIError as error:
-                self.ended.append(repr(error))
-
-    def one(self) -> str:
-        reason = "cut"
-        for chunk in self.client.completions.create(
-            model="tiny-llama", prompt="Much", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
-        ):
-            self.running.set()
-            if chunk.choices:
-                reason = chunk.choices[0].finish_reason or reason
-        return reason
-
-    def stop(self) -> list[str]:
-        self.enough.set()
-        self.join(COLD_S)
-        return self.ended
 
 
 class Requests(threading.Thread):
