@@ -60,6 +60,10 @@ def rotate(site: ScaledSite) -> None:
     site.declare(fleet_bmc_credentials={"default": {"user": USER, "password": password}})
 
 
+def asked_again(site: ScaledSite) -> None:
+    until(lambda: not any(site.host(name)["power_error"] for name in ("worker1", "worker2")), site.told)
+
+
 EVENTS: dict[str, Callable[[ScaledSite], None]] = {
     "load that wants one host": load(1),
     "load that wants two hosts": load(2),
@@ -68,6 +72,7 @@ EVENTS: dict[str, Callable[[ScaledSite], None]] = {
     "on worker1: it hangs in its boot": hang,
     "on worker1: it boots again": boot,
     "the BMCs have another password, and so has the vault": rotate,
+    "each BMC was asked again": asked_again,
 }
 
 
