@@ -5,6 +5,7 @@ One cluster's life, in the order of its tests. The engine is vLLM on CPU; one re
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -91,6 +92,11 @@ class Requests(threading.Thread):
                 self.failed.append(repr(error))
 
 
+def interruptible() -> None:
+    # Tests that run in the background ignore Ctrl-C, and so would what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_a_model_that_nobody_asks_has_no_host(site: ScaledSite) -> None:
     site.wait_for(worker1="off", worker2="off")
     again = playbook("site.yml", site.inventory)
@@ -102,7 +108,9 @@ def test_the_first_request_switches_a_host_on_and_is_answered(site: ScaledSite, 
     site.wait_for(worker1="off", worker2="off")
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=COLD_S)
     words = ["-m", "clusterkit", "status", "--watch", "--every", "1", "-i", str(site.inventory)]
-    watch = pexpect.spawn(sys.executable, words, env=ENVIRONMENT, dimensions=(50, 220), encoding="utf-8")
+    watch = pexpect.spawn(
+        sys.executable, words, env=ENVIRONMENT, dimensions=(50, 220), encoding="utf-8", preexec_fn=interruptible
+    )
     with ThreadPoolExecutor(1) as beside:
         watch.expect(r"worker1 +\S+ +off.*worker2 +\S+ +off", timeout=60)
         asked = beside.submit(client.completions.create, model="tiny-llama", prompt="Hello", max_tokens=4)
