@@ -121,7 +121,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(lab_of: Maker, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     lab = lab_of("appstest", "--workers", "2")
-    for host in WORKERS:
+    for host in ("head", *WORKERS):
         files = {f"/{MINILM}/{path.name}": path.read_bytes() for path in minilm.iterdir() if path.is_file()}
         lab.container(host).put_archive("/", archive(files))
     made = Site(lab, tmp_path_factory.mktemp("code"))
