@@ -55,6 +55,7 @@ bench: $(TESTS)
 	$(BIN)/python -m bench.engine_start
 	$(BIN)/python -m bench.fleet_loop
 	$(BIN)/python -m bench.autoscaler
+	$(BIN)/python -m bench.serve_path
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .ansible

@@ -30,7 +30,7 @@ TIME = (1980, 1, 1, 0, 0, 0)
 def read(wanted: AppCode, inventories: Sequence[str]) -> Code:
     """Reads and packs; relative folders begin at that of the first inventory. UsageError where the folder is not
     there, too large, leads out of itself, or would be read as an inventory."""
-    if wanted.template:
+    if not wanted.folder:
         return Code(digest=_digest(_kit(wanted.template)), template=wanted.template)
     sources = [Path(source).absolute() for source in inventories if Path(source).exists()]
     homes = [source if source.is_dir() else source.parent for source in sources]
@@ -41,15 +41,13 @@ def read(wanted: AppCode, inventories: Sequence[str]) -> Code:
             f"{folder} lies in the inventory {inside}, and Ansible reads all of that as inventory, or runs it",
             hint=f"move the code beside it, and name it so: ../{folder.name}",
         )
-    files = _site(folder)
-    _has_module(files, wanted.module, folder)
-    return Code(digest=_digest(files), folder=str(folder))
+    _has_module(_site(folder), wanted.module, folder)
+    return Code(digest=_digest(_all(wanted.template, str(folder))), template=wanted.template, folder=str(folder))
 
 
 def archive(code: Code) -> bytes:
     """The zip. UsageError where the files are no longer those that `read` saw."""
-    files = _kit(code.template) if code.template else _site(Path(code.folder))
-    packed = pack(files)
+    packed = pack(_all(code.template, code.folder))
     if hashlib.sha256(packed).hexdigest() != code.digest:
         raise UsageError(
             f"{code.folder or code.template} was changed while this run went on",
@@ -72,6 +70,19 @@ def pack(files: Mapping[str, bytes]) -> bytes:
 
 def _digest(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(pack(files)).hexdigest()
+
+
+def _all(template: str, folder: str) -> dict[str, bytes]:
+    """The kit's and the site's, where a template calls what the site wrote."""
+    kit = _kit(template) if template else {}
+    site = _site(Path(folder)) if folder else {}
+    hidden = next((name for name in sorted(site) if kit and name.split("/")[0] == "serve_apps"), None)
+    if hidden is not None:
+        raise UsageError(
+            f"{folder} has {hidden}, and serve_apps is the package of the kit's own code, which goes along",
+            hint="give the site's folder or module another name",
+        )
+    return {**site, **kit}
 
 
 def _kit(template: str) -> dict[str, bytes]:

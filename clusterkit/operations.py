@@ -23,6 +23,7 @@ PROBE_TASK = "Ask every proxy that holds a replica"
 STATUS_TASK = "Ask Ray"
 APPS_TASK = "Compare the apps"
 ROLLBACK_TASK = "Apply an earlier Serve config"
+SCALE_TASK = "Set the number of replicas"
 # All that an app needs of a cluster that runs.
 APP_TAGS = "model_store,app_code,serve_apps,verify"
 FLEET_TASK = "Ask the fleet"
@@ -283,6 +284,50 @@ def rollback_apps(
     done = _first(result, ROLLBACK_TASK)
     changes = _app_changes(done, planning.Hider(_cluster(result)))
     return RolledBack(int(done["number"]), bool(done.get("changed")), changes, result.log)
+
+
+def scale_app(
+    inventory: str,
+    app: str,
+    deployment: str,
+    replicas: int,
+    options: Options | None = None,
+    *,
+    on_event: OnEvent = _quiet,
+) -> Result:
+    """Give a deployment so many replicas, and wait until they run. Raises UsageError where the inventory does not
+    leave that to a scaler outside, or not this number; RunFailed where they do not come to run."""
+    given = options or Options()
+    _check_scale(validate(inventory, options, on_event=on_event), app, deployment, replicas)
+    wish = {"app": app, "deployment": deployment, "replicas": replicas}
+    given = replace(given, extra_vars=(*given.extra_vars, json.dumps({"serve_apps_scale": wish})))
+    return runner.run("scale.yml", inventory, given, on_event=on_event)
+
+
+def _check_scale(cluster: Mapping[str, Any], name: str, deployment: str, replicas: int) -> None:
+    apps = {app["name"]: app for app in cluster.get("apps", [])}
+    if name not in apps:
+        raise UsageError(
+            f"no app {name!r} is declared", hint=did_you_mean(name, tuple(apps)) or f"one of {', '.join(apps)}"
+        )
+    bounds = apps[name].get("external")
+    if bounds is None:
+        raise UsageError(
+            f"app {name} is not scaled from outside: Serve decides itself",
+            hint="set external_scaler of the app to true and apply that, or change min_replicas and max_replicas",
+        )
+    if deployment not in bounds:
+        known = (
+            did_you_mean(deployment, tuple(bounds)) or f"one of {', '.join(bounds) or 'those that the inventory names'}"
+        )
+        raise UsageError(f"app {name} has no deployment {deployment!r} that the inventory knows of", hint=known)
+    if bounds[deployment] is None:
+        hint = "give it min_replicas and max_replicas in the inventory"
+        raise UsageError(f"{deployment} of app {name} has no bounds to be scaled between", hint=hint)
+    low, high = bounds[deployment]
+    if not low <= replicas <= high:
+        hint = f"between {low} and {high}: min_replicas (1 at least) and max_replicas of the inventory"
+        raise UsageError(f"{deployment} of app {name} may not have {replicas} replicas", hint=hint)
 
 
 def _app(app: dict[str, Any], hide: planning.Hider) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
+from serve_apps.policy.parameters import ScalingPolicy
 from serve_apps.template import RayNeed
 
 Number = StrictInt | StrictFloat
@@ -36,6 +37,8 @@ LOOKED_AFTER = (
 # Left to Ray where nothing is said. The last two are in the schema of Ray 2.60.0, and not in that of 2.52.1.
 OPTIONAL = ("max_replicas_per_node", "rolling_update_percentage", "max_surge_percent")
 RAY_2_60 = OPTIONAL[1:]
+# Ray 2.52.1 gives a policy no arguments.
+POLICY = "scaling_policy"
 
 
 class Strict(BaseModel):
@@ -56,7 +59,10 @@ class Replicas(Strict):
     min_replicas: StrictInt = Field(1, ge=0, description="never fewer; 0 lets an idle app go away")
     max_replicas: StrictInt = Field(1, ge=1, description="never more")
     initial_replicas: StrictInt | None = Field(
-        None, ge=0, description="right after the first deploy; `min_replicas` where nothing is said"
+        None,
+        ge=0,
+        description="after the first deploy, `min_replicas` where nothing is said; where given, again after each "
+        "change of the app",
     )
     target_ongoing_requests: Positive = Field(2, description="requests per replica that scaling aims at")
     upscale_delay_s: Seconds = Field(30, description="load must stay high for so long before replicas are added")
@@ -65,6 +71,10 @@ class Replicas(Strict):
         None, description="the same for the last replica; `downscale_delay_s` where nothing is said"
     )
     max_replicas_per_node: StrictInt | None = Field(None, ge=1, le=100, description="at most so many on one host")
+    scaling_policy: ScalingPolicy | None = Field(
+        None,
+        description="what the number goes by instead: requests that wait, replicas' own numbers, times of the week",
+    )
 
     max_ongoing_requests: StrictInt = Field(5, ge=1, description="requests that one replica works on at a time")
     max_queued_requests: StrictInt = Field(
@@ -85,7 +95,7 @@ class Replicas(Strict):
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Replicas:
-        said = [name for name in AUTOSCALING if name in self.model_fields_set]
+        said = [name for name in (*AUTOSCALING, POLICY) if name in self.model_fields_set]
         if self.num_replicas is not None and said:
             raise ValueError(f"num_replicas is a fixed number, and {said[0]} belongs to scaling: take one of them out")
         if self.min_replicas > self.max_replicas:
@@ -93,6 +103,7 @@ class Replicas(Strict):
         first = self.min_replicas if self.initial_replicas is None else self.initial_replicas
         if not self.min_replicas <= first <= self.max_replicas:
             raise ValueError(f"initial_replicas ({first}) is not between min_replicas and max_replicas")
+        check_policy(self.scaling_policy, self.max_replicas)
         known = self.DEFAULTS_ARE_RENDERED or (said and "max_ongoing_requests" in self.model_fields_set)
         if known and self.num_replicas is None and self.max_ongoing_requests < self.target_ongoing_requests:
             raise ValueError(
@@ -111,7 +122,7 @@ class Replicas(Strict):
 
     def needs(self) -> list[RayNeed]:
         """What older Rays would refuse."""
-        return [RayNeed(name, "2.60.0") for name in RAY_2_60 if getattr(self, name) is not None]
+        return [RayNeed(name, "2.60.0") for name in (*RAY_2_60, POLICY) if getattr(self, name) is not None]
 
     def overrides(self, names: Collection[str] | None = None) -> dict[str, Any]:
         """Their part of an entry of `deployments`: all, or only what these parameters are about, so that the rest is
@@ -122,7 +133,19 @@ class Replicas(Strict):
         if self.num_replicas is not None:
             # Null, and not left out: what the code says of scaling would stay in force beside the number.
             return {**entry, "num_replicas": self.num_replicas, "autoscaling_config": None}
-        if any(name in wanted for name in AUTOSCALING):
+        if any(name in wanted for name in (*AUTOSCALING, POLICY)):
             scaling = {name: getattr(self, name) for name in AUTOSCALING}
-            entry["autoscaling_config"] = {name: value for name, value in scaling.items() if value is not None}
+            scaling = {name: value for name, value in scaling.items() if value is not None}
+            entry["autoscaling_config"] = {**scaling, **policy(self.scaling_policy)}
         return entry
+
+
+def check_policy(given: ScalingPolicy | None, most: int) -> None:
+    """ValueError where a policy asks for more than there may be."""
+    if given is not None and (problem := given.above(most)):
+        raise ValueError(f"{problem} ({most})")
+
+
+def policy(given: ScalingPolicy | None) -> dict[str, Any]:
+    """Its part of an `autoscaling_config`. In the app's entry it becomes a part of the app's own policy."""
+    return {} if given is None else {"policy": given.rendered()}

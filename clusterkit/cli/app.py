@@ -139,6 +139,28 @@ def rollback(
 
 @app.command()
 @takes(*RUNS)
+def scale(
+    given: Given,
+    name: Annotated[str, typer.Argument(metavar="APP", help="An app with external_scaler.")],
+    deployment: Annotated[str, typer.Argument(help="As `app list` names it.")],
+    replicas: Annotated[int, typer.Argument(help="How many, within min_replicas and max_replicas.")],
+    inventory: Inventory = None,
+    as_json: Json = False,
+) -> None:
+    """Set how many replicas a deployment has, and wait until they run. No later deploy changes the number."""
+    with output.running(as_json) as show:
+        done = operations.scale_app(
+            workspace.inventory(inventory), name, deployment, replicas, given.options(), on_event=show
+        )
+    if as_json:
+        output.data({"app": name, "deployment": deployment, "replicas": replicas, "changed": done.changed})
+        return
+    word = "had them" if not done.changed else f"{'runs' if replicas == 1 else 'run'}"
+    output.err.print(f"[green]done:[/] {replicas} of {deployment} {word}", markup=True)
+
+
+@app.command()
+@takes(*RUNS)
 def effective(
     given: Given,
     name: Annotated[str | None, typer.Argument(metavar="APP", help="Only this app.")] = None,

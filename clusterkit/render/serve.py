@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from clusterkit.render.scaling import scaled
 from clusterkit.spec.cluster import App, ClusterSpec
 from clusterkit.spec.ingress import GRACE
 from serve_apps.template import ONLY_MODEL
@@ -38,8 +39,8 @@ def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
     pool = spec.pools[app.pool].facts
     paths = {role: model.path for role, model in app.models.items()}
     only = paths.keys() <= {ONLY_MODEL}
-    code = {"code_uri": spec.code_uri(app)} if app.template.code(app.parameters) else {}
-    return app.template.render(
+    code = {"code_uri": spec.code_uri(app.code)} if app.template.code(app.parameters) else {}
+    entry = app.template.render(
         name=app.name,
         route_prefix=app.facts.route_prefix,
         parameters=_parameters(spec, app),
@@ -50,6 +51,7 @@ def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
         **code,
         **({"direct_streaming": True} if spec.facts.serve.direct_streaming and app.template.direct_streaming else {}),
     )
+    return scaled(entry, app.facts, spec.code_uri(app.policies))
 
 
 def _parameters(spec: ClusterSpec, app: App) -> BaseModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from clusterkit.spec import ingress
+from clusterkit.spec import ingress, scaling
 from clusterkit.spec.facts import Accelerator, AppFacts, ClusterFacts, HostFacts, PoolFacts
 from clusterkit.spec.stacks import Engine, Stack, table
 from serve_apps.template import ONLY_MODEL, Template
@@ -67,7 +67,7 @@ class Registry(_Frozen):
 
 
 class Model(_Frozen):
-    """Weights that an app needs, and where they lie on a host."""
+    """Weights that an app needs, and where they lie on a host; of an adapter with the largest rank that may be."""
 
     id: str
     make: str | None = None
@@ -76,13 +76,14 @@ class Model(_Frozen):
     revision: str | None = None
     allow_patterns: tuple[str, ...] = ()
     ignore_patterns: tuple[str, ...] = ()
+    max_rank: int | None = None
     path: str
 
 
 class Code(_Frozen):
     """What an app imports, as it was read on the controller: `digest` is the SHA-256 of one zip with all of it.
 
-    One of `template` (the kit's own) and `folder` (an absolute path on the controller) says where it came from.
+    `template` (the kit's own), `folder` (an absolute path on the controller) or both say where it came from.
     """
 
     digest: str
@@ -99,6 +100,7 @@ class App(_Frozen):
     template: Template
     models: dict[str, Model]
     code: Code | None = None
+    policies: Code | None = None
 
     @property
     def name(self) -> str:
@@ -175,12 +177,13 @@ class ClusterSpec(_Frozen):
 
     def codes(self) -> list[Code]:
         """Each code once, whichever apps import it. All hosts have all: Ray may build an app on any of them."""
-        found = {app.code.digest: app.code for app in self.apps if app.code is not None}
+        every = [code for app in self.apps for code in (app.code, app.policies)]
+        found = {code.digest: code for code in every if code is not None}
         return [found[digest] for digest in sorted(found)]
 
-    def code_uri(self, app: App) -> str | None:
-        """What Serve calls the code: a file on the host that Ray unpacks for each replica there."""
-        return None if app.code is None else f"file://{self.code_path}/{app.code.digest}.zip"
+    def code_uri(self, code: Code | None) -> str | None:
+        """What Serve calls a code: a file on the host that Ray unpacks for each replica there."""
+        return None if code is None else f"file://{self.code_path}/{code.digest}.zip"
 
     def engine_cache(self, app: App) -> str | None:
         """The folder's name for one app: a digest of image, architecture, model and parallelism."""
@@ -249,6 +252,7 @@ class ClusterSpec(_Frozen):
                     "route_prefix": app.facts.route_prefix,
                     "llm": app.template.openai_api,
                     "model_id": next((model.id for model in app.models.values()), ""),
+                    **self._external(app),
                 }
                 for app in self.apps
             ],
@@ -285,6 +289,13 @@ class ClusterSpec(_Frozen):
             "ca_bundle": facts.ca_bundle or "",
             "proxy": facts.proxy.model_dump(),
         }
+
+    def _external(self, app: App) -> dict[str, Any]:
+        """Between which numbers each deployment is scaled from outside."""
+        if not app.facts.external_scaler:
+            return {}
+        known = scaling.bounds(app.template, app.parameters, self.pools[app.pool].facts)
+        return {"external": {name: list(pair) if pair else None for name, pair in known.items()}}
 
     def _published_pool(self, pool: Pool) -> dict[str, Any]:
         return {**pool.facts.model_dump(), "hosts": list(pool.hosts), "max": pool.max}

@@ -223,6 +223,28 @@ class AutoscalerFacts(Facts):
     cycles_per_day: StrictInt = Field(12, gt=0, description="how often a host may be switched on within a day")
 
 
+class AppScaling(Facts):
+    """One decision for all deployments of an app."""
+
+    ratio: dict[str, Annotated[Number, Field(gt=0)]] | None = Field(
+        None, description="deployments that keep these proportions, as the one asks that needs most: `{A: 1, B: 4}`"
+    )
+    policy_function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")] | None = Field(
+        None, description="of the app's own code, `module:name`: Serve's policy of an application"
+    )
+    policy_kwargs: dict[str, Any] = Field({}, description="for `policy_function`, where it is a class")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> AppScaling:
+        if (self.ratio is None) == (self.policy_function is None):
+            raise ValueError("has either ratio or policy_function")
+        if self.policy_kwargs and self.policy_function is None:
+            raise ValueError("policy_kwargs is for a policy_function")
+        if self.ratio is not None and len(self.ratio) < 2:
+            raise ValueError("a ratio is between two deployments at least")
+        return self
+
+
 class AppFacts(Facts):
     """One entry of `clusterkit_apps`; `parameters` are typed by the template."""
 
@@ -232,6 +254,10 @@ class AppFacts(Facts):
         "/", description="unique; below it stands /v1"
     )
     pool: str | None = Field(None, description="the pool it runs in; needed when there are several")
+    scaling: AppScaling | None = Field(None, description="one policy for all deployments: serve_apps/policy/README.md")
+    external_scaler: bool = Field(
+        False, description="replicas are set from outside, as by `clusterkit app scale`; Serve scales nothing"
+    )
     parameters: dict[str, Any] = Field({}, description="typed by the template: serve_apps/<template>/README.md")
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, Tag, ValidationError
 
 from clusterkit.errors import ClusterkitError
-from clusterkit.spec import checks, ingress
+from clusterkit.spec import checks, ingress, scaling
 from clusterkit.spec.cluster import App, ClusterSpec, Code, Host, Model, Pool, Registry
 from clusterkit.spec.facts import (
     SCOPES,
@@ -82,6 +82,7 @@ class _Loader:
             self.findings += checks.ports(facts, cluster_values.get("ports"))
             self.findings += ingress.findings(facts, stack, len(hosts or {}), cluster_values)
             self.findings += ingress.app_findings(facts, stack, apps, cluster_values.get("apps", RawValue()))
+            self.findings += scaling.findings(stack, apps, pools, cluster_values.get("apps", RawValue()))
         found = merge(self._told(finding) for finding in self.findings)
         if found or facts is None or stack is None or hosts is None:
             return None, found
@@ -376,14 +377,22 @@ class _Loader:
                 continue
             sources = template.model_sources(parameters)
             models = {role: _model(source, models_root) for role, source in sources.items()}
-            code = self._code(template, parameters, index, value)
-            whole = App(facts=app, pool=pool, parameters=parameters, template=template, models=models, code=code)
+            code = self._code(template.code(parameters), index, value)
+            policies = self._code(scaling.CODE, index, value) if scaling.takes_policies(app, parameters) else None
+            whole = App(
+                facts=app,
+                pool=pool,
+                parameters=parameters,
+                template=template,
+                models=models,
+                code=code,
+                policies=policies,
+            )
             apps.append((index, whole))
         self.findings += checks.unique_apps(named, value)
         return apps
 
-    def _code(self, template: templates.Template, parameters: BaseModel, index: int, value: RawValue) -> Code | None:
-        wanted = template.code(parameters)
+    def _code(self, wanted: templates.AppCode | None, index: int, value: RawValue) -> Code | None:
         if wanted is None or self.read_code is None:
             return None
         try:

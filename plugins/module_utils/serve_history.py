@@ -102,10 +102,11 @@ def told(entry):
 
 
 def plain(app):
-    """An app's config without what only says how replicas are replaced."""
+    """An app's config without what only says how replicas are replaced, or how many of them its scaler outside had."""
     if not isinstance(app, dict) or not app.get("deployments"):
         return app
-    deployments = [{key: item[key] for key in item if key not in KNOBS} for item in app["deployments"]]
+    left = KNOBS + (("num_replicas",) if app.get("external_scaler_enabled") else ())
+    deployments = [{key: item[key] for key in item if key not in left} for item in app["deployments"]]
     # One that says nothing else is not there.
     return dict(app, deployments=[item for item in deployments if set(item) != {"name"}])
 

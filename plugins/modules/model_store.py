@@ -22,7 +22,7 @@ options:
   models:
     description: Each with C(id), C(path) and one of C(make) (a name), C(folder) and C(hub) (a repository, with
       C(revision), C(allow_patterns), C(ignore_patterns), and C(weights), which is false where configuration and
-      tokenizer are enough).
+      tokenizer are enough). A LoRA adapter has C(max_rank), the largest rank that its engine takes.
     type: list
     elements: dict
     required: true
@@ -130,13 +130,14 @@ from ansible.module_utils.basic import AnsibleModule
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 MANIFEST = "clusterkit-manifest.json"
+ADAPTER = "adapter_config.json"
 
 
 class Problem(Exception):
     """It cannot be done; the message says what to do."""
 
 
-def folder_problems(path):
+def folder_problems(path, config="config.json"):
     """Why a folder is no model that vLLM can read, with the fix."""
     if not os.path.isdir(path):
         return "there is no folder %s on this host; mount or copy it there" % path
@@ -144,13 +145,28 @@ def folder_problems(path):
         names = os.listdir(path)
     except OSError as error:
         return "%s cannot be read: %s" % (path, error.strerror)
-    if "config.json" not in names:
-        return "%s has no config.json: it is not a model in Hugging Face's layout" % path
+    if config not in names:
+        what = "an adapter in PEFT's" if config == ADAPTER else "a model in Hugging Face's"
+        return "%s has no %s: it is not %s layout" % (path, config, what)
     if not any(name.endswith(WEIGHTS) for name in names):
         return "%s has no weights (%s)" % (path, ", ".join(WEIGHTS))
     unreadable = [name for name in names if not os.access(os.path.join(path, name), os.R_OK)]
     if unreadable:
         return "%s: %s may not read %s" % (path, "Ray's user", ", ".join(sorted(unreadable)))
+    return None
+
+
+def adapter_problems(path, max_rank):
+    """Why the engine would refuse an adapter's rank, with the fix. vLLM would say so to whoever asks for it first."""
+    name = os.path.join(path, ADAPTER)
+    try:
+        with open(name, encoding="utf-8") as handle:
+            config = json.load(handle)
+        rank = max([config["r"]] + list((config.get("rank_pattern") or {}).values()))
+        if rank > max_rank:
+            return "its rank is %d (%s), and the engine takes %d: raise max_lora_rank" % (rank, name, max_rank)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "%s says no rank (`r`): it is not a LoRA adapter in PEFT's layout" % name
     return None
 
 
@@ -396,6 +412,17 @@ def put(module, model, changes):
     return False, fetch(module, model, [name for name, _ in wrong if name])
 
 
+def problem_of(module, model):
+    """Why what is there cannot be served, or None."""
+    user, path, max_rank = user_on_host(module), model["path"], model.get("max_rank")
+    problem = None
+    if model.get("folder"):
+        problem = as_user(user, folder_problems, path, "config.json" if max_rank is None else ADAPTER)
+    if max_rank is not None and not problem:
+        problem = as_user(user, adapter_problems, path, max_rank)
+    return problem and "model %s: %s" % (model["id"], problem)
+
+
 def take_away(module, model, changes):
     """What was made, and what a fetch that was cut off left. Weights that took hours to come are data: they stay."""
     parent, name = os.path.split(model["path"])
@@ -438,13 +465,16 @@ def main():
         try:
             if absent:
                 made += [model["id"]] if take_away(module, model, changes) else []
-            elif model.get("folder"):
-                problem = as_user(user_on_host(module), folder_problems, model["path"])
-                problems += ["model %s: %s" % (model["id"], problem)] if problem else []
-            else:
+                continue
+            came = None
+            if not model.get("folder"):
                 was_made, came = put(module, model, changes)
                 made += [model["id"]] if was_made else []
                 fetched += [came] if came else []
+            # What is yet to come is looked at when it is there.
+            if not came or (module.params["fetch"] and not module.check_mode):
+                problem = problem_of(module, model)
+                problems += [problem] if problem else []
         except Problem as problem:
             problems.append(str(problem))
     caches = module.params["caches"]

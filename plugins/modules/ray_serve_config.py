@@ -22,9 +22,10 @@ options:
   state:
     description:
       - C(absent) shuts Serve down, with all apps.
+      - C(scaled) sets the number of replicas that I(scale) asks for, in place of I(config).
       - C(restored) sends a config of I(history) again, in place of I(config).
     type: str
-    choices: [present, absent, restored]
+    choices: [present, absent, restored, scaled]
     default: present
   url:
     description: Ray's dashboard on the head.
@@ -46,6 +47,24 @@ options:
       The config of I(history) that I(state=restored) sends again. Without it the newest that ran and is not the one
       that runs now.
     type: int
+  scale:
+    description: >-
+      What I(state=scaled) sets, in an app with C(external_scaler_enabled). A config that is sent later keeps the number
+      that its deployments have then.
+    type: dict
+    suboptions:
+      app:
+        description: Name of the app.
+        type: str
+        required: true
+      deployment:
+        description: Serve's name of the deployment.
+        type: str
+        required: true
+      replicas:
+        description: How many. Serve's config has no number below 1.
+        type: int
+        required: true
   rollout:
     description:
       - How replicas are replaced whose config changed. C(surge) starts new ones first, and waits where there is no
@@ -69,7 +88,7 @@ options:
     type: bool
     default: false
   ray_python:
-    description: Interpreter of the head's Ray environment. Not needed for I(state=absent).
+    description: Interpreter of the head's Ray environment. Not needed for I(state=absent) and I(state=scaled).
     type: path
   environment:
     description: >-
@@ -113,6 +132,12 @@ EXAMPLES = r"""
     history: /var/lib/clusterkit/serve_history
     token_file: /etc/clusterkit/token
     ray_python: /opt/clusterkit/ray-env/bin/python
+
+- name: Give a deployment four replicas
+  ray_serve_config:
+    state: scaled
+    token_file: /etc/clusterkit/token
+    scale: {app: hello, deployment: Hello, replicas: 4}
 
 - name: Shut Serve down
   ray_serve_config:
@@ -207,6 +232,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 from ansible.module_utils import serve_history, serve_rollout
@@ -214,6 +240,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.serve_history import History, digest, plain
 
 APPLICATIONS = "/api/serve/applications/"
+SCALE = "/api/v1/applications/%s/deployments/%s/scale"
 STATE = "/api/v0/%s?detail=true&limit=10000"
 # Serve takes these when it starts and ignores later changes.
 FIXED = ("proxy_location", "http_options", "grpc_options")
@@ -337,6 +364,10 @@ class Client:
 
     def put(self, config):
         self._ask("PUT", 180, json.dumps(config).encode())
+
+    def scale(self, app, deployment, replicas):
+        path = SCALE % tuple(urllib.parse.quote(name, safe="") for name in (app, deployment))
+        self._ask("POST", 60, json.dumps({"target_num_replicas": replicas}).encode(), path)
 
     def delete(self, timeout_s):
         self._ask("DELETE", timeout_s)
@@ -815,6 +846,29 @@ def composed(config, have, todo, rollouts):
     return dict(config, applications=apps)
 
 
+def as_scaled(config, have):
+    """The config with the numbers of replicas that the scaler outside has set, of the apps that have one: Serve would
+    take those of the config."""
+    apps = []
+    for app in config.get("applications", []):
+        running = (have.get("applications") or {}).get(app.get("name")) or {}
+        if app.get("external_scaler_enabled") and app.get("deployments"):
+            targets = {
+                name: item.get("target_num_replicas") for name, item in (running.get("deployments") or {}).items()
+            }
+            app = dict(
+                app,
+                deployments=[
+                    dict(item, num_replicas=targets[item["name"]])
+                    if item.get("num_replicas") and targets.get(item.get("name"))
+                    else item
+                    for item in app["deployments"]
+                ],
+            )
+        apps.append(app)
+    return dict(config, applications=apps)
+
+
 def moved(have, todo):
     """(apps that have to come up by what is done, those that stay as they are): names, by the answer from before."""
     sent, rest = todo["added"] + todo["changed"] + todo.get("unseen", []), todo["failed"] + todo["unchanged"]
@@ -828,14 +882,14 @@ def moved(have, todo):
 def apply(client, config, have, todo, timeout_s, rollouts=(), times=None, ill=()):
     """Send the config and wait for what it asks for, but not for those that are `ill`; returns the last answer.
     Raises Others where all that was changed came up."""
-    sent, rest = moved(have, todo)
+    (sent, rest), ran = moved(have, todo), have
     if todo["fixed"]:
         client.delete(timeout_s)
         have = wait_gone(client, None, timeout_s)
         names = sorted(app["name"] for app in config["applications"])
         todo = dict(todo, added=names, changed=[], removed=[], failed=[], unchanged=[])
         rollouts = ()
-    config = composed(config, have, todo, rollouts)
+    config = as_scaled(composed(config, have, todo, rollouts), ran)
     again = restartable(have, todo["failed"])
     if again:
         others = [app for app in config["applications"] if app["name"] not in again]
@@ -968,6 +1022,66 @@ def ensure_restored(module, client, result):
     converge(module, client, result, have, entry["config"], why, number=entry["number"])
 
 
+def ensure_scaled(module, client, result):
+    wish = module.params["scale"]
+    have = client.get()
+    result["reachable"] = True
+    app, name, wanted = scalable(have, wish), "%s/%s" % (wish["app"], wish["deployment"]), wish["replicas"]
+    actual = app["deployments"][wish["deployment"]].get("target_num_replicas")
+    result.update(changed=wanted != actual, applications=summary(have), proxies=proxies(have))
+    if not result["changed"]:
+        return
+    result["changes"] = [{"what": "replicas", "name": name, "wanted": wanted, "actual": actual}]
+    if module.check_mode:
+        return
+    client.scale(wish["app"], wish["deployment"], wanted)
+    have = wait_scaled(client, wish, module.params["wait_timeout_s"])
+    result.update(applications=summary(have), proxies=proxies(have))
+
+
+def scalable(have, wish):
+    """The app of which a deployment is to be scaled."""
+    apps = have.get("applications") or {}
+    app = apps.get(wish["app"])
+    if app is None:
+        raise ServeError("no app %s runs\nFix: name one of %s" % (wish["app"], ", ".join(sorted(apps)) or "none"))
+    config = app.get("deployed_app_config") or {}
+    if not (app.get("external_scaler_enabled") and config.get("external_scaler_enabled")):
+        raise ServeError(
+            "app %s is not scaled from outside: what it runs with decides itself\nFix: set external_scaler of the app "
+            "to true, and apply it" % wish["app"]
+        )
+    if wish["replicas"] < 1:
+        raise ServeError("%d replicas cannot be kept: Serve's config has no number below 1" % wish["replicas"])
+    names = sorted(app.get("deployments") or {})
+    if wish["deployment"] not in names:
+        raise ServeError(
+            "app %s has no deployment %s\nFix: name one of %s" % (wish["app"], wish["deployment"], ", ".join(names))
+        )
+    return app
+
+
+def wait_scaled(client, wish, timeout_s, clock=time.monotonic, sleep=time.sleep):
+    """Wait until so many replicas run; returns the last answer."""
+    deadline = clock() + timeout_s
+    while True:
+        have = client.get()
+        app = (have.get("applications") or {}).get(wish["app"]) or {}
+        deployment = (app.get("deployments") or {}).get(wish["deployment"]) or {}
+        target, running = deployment.get("target_num_replicas"), running_replicas(deployment)
+        told = "%s of app %s was told to have %d replicas" % (wish["deployment"], wish["app"], wish["replicas"])
+        if target != wish["replicas"]:
+            raise ServeError("%s, and something else has set %s since" % (told, target), have)
+        if running == wish["replicas"]:
+            return have
+        if clock() >= deadline:
+            said = essence(deployment.get("message") or "") or "it gives no reason"
+            raise ServeError(
+                "%s; after %d s %d run. Serve goes on trying, and says: %s" % (told, timeout_s, running, said), have
+            )
+        sleep(1)
+
+
 def restorable(history, number, running):
     """The entry that is to run again."""
     good = [entry["number"] for entry in history.entries() if entry["outcome"] == serve_history.GOOD]
@@ -991,13 +1105,14 @@ def check_code(config, todo, number):
     starts = todo["added"] + todo["changed"] + todo["failed"]
     starts += todo["unchanged"] if todo["fixed"] else []
     for app in config.get("applications", []):
-        uri = str((app.get("runtime_env") or {}).get("working_dir") or "")
-        path = urllib.request.url2pathname(uri[len("file://") :])
-        if app.get("name") in starts and uri.startswith("file://") and not os.path.exists(path):
-            raise CodeGone(
-                "the code of app %s of config %d is gone from this head: %s is missing\nFix: check out that code, "
-                "and apply it" % (app["name"], number, path)
-            )
+        environment = app.get("runtime_env") or {}
+        for uri in [str(environment.get("working_dir") or ""), *(environment.get("py_modules") or [])]:
+            path = urllib.request.url2pathname(uri[len("file://") :])
+            if app.get("name") in starts and uri.startswith("file://") and not os.path.exists(path):
+                raise CodeGone(
+                    "the code of app %s of config %d is gone from this head: %s is missing\nFix: check out that code, "
+                    "and apply it" % (app["name"], number, path)
+                )
 
 
 def running_digest(have):
@@ -1177,7 +1292,7 @@ def tell(module, result, have, history, mark):
 def main():
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "absent", "restored"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "absent", "restored", "scaled"], "default": "present"},
             "url": {"type": "str", "default": "http://127.0.0.1:8265"},
             "token_file": {"type": "path", "no_log": False},
             "config": {"type": "dict"},
@@ -1185,6 +1300,14 @@ def main():
             "environment": {"type": "dict", "default": {}},
             "history": {"type": "path"},
             "number": {"type": "int"},
+            "scale": {
+                "type": "dict",
+                "options": {
+                    "app": {"type": "str", "required": True},
+                    "deployment": {"type": "str", "required": True},
+                    "replicas": {"type": "int", "required": True},
+                },
+            },
             "rollout": {"type": "str", "choices": list(serve_rollout.CHOICES), "default": serve_rollout.AUTO},
             "pools": {"type": "dict", "default": {}},
             "restart_serve": {"type": "bool", "default": False},
@@ -1194,12 +1317,14 @@ def main():
         required_if=[
             ("state", "present", ("config", "ray_python")),
             ("state", "restored", ("history", "ray_python")),
+            ("state", "scaled", ("scale",)),
         ],
         supports_check_mode=True,
     )
     lists = ("added", "changed", "removed", "failed", "unchanged", "foreign")
     result = {"changed": False, "reachable": False, "plan": {name: [] for name in lists}, "changes": [], "rollouts": []}
-    ensure = {"present": ensure_present, "absent": ensure_absent, "restored": ensure_restored}[module.params["state"]]
+    states = {"present": ensure_present, "absent": ensure_absent, "restored": ensure_restored, "scaled": ensure_scaled}
+    ensure = states[module.params["state"]]
     try:
         token = None
         if not (module.check_mode and not os.path.exists(module.params["token_file"] or "/")):

@@ -16,7 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from serve_apps.replicas import AUTOSCALING, Number, Positive, Seconds, Strict
+from serve_apps.policy.parameters import ScalingPolicy
+from serve_apps.replicas import AUTOSCALING, POLICY, Number, Positive, Seconds, Strict, check_policy
 from serve_apps.template import LoggingConfig
 
 # What Ray LLM takes as accelerator_type; anything else stops the app when it is built.
@@ -66,7 +67,7 @@ OWNED_ENGINE_KWARGS = {
 }
 
 # What only an app says whose replicas come and go.
-SCALING = (*AUTOSCALING, "ingress_min_replicas", "ingress_max_replicas")
+SCALING = (*AUTOSCALING, POLICY, "ingress_min_replicas", "ingress_max_replicas")
 
 
 def nearest_accelerator(name: str) -> str | None:
@@ -172,7 +173,10 @@ class LlmParameters(Strict):
     min_replicas: StrictInt = Field(1, ge=0, description="never fewer replicas; 0 lets an idle model go away")
     max_replicas: StrictInt = Field(1, ge=1, description="never more replicas")
     initial_replicas: StrictInt | None = Field(
-        None, ge=0, description="replicas right after the first deploy; `min_replicas` where nothing is said"
+        None,
+        ge=0,
+        description="replicas after the first deploy, `min_replicas` where nothing is said; where given, again after "
+        "each change of the app",
     )
     target_ongoing_requests: Positive = Field(
         16, description="requests per replica that scaling aims at; Ray LLM's own default never scales"
@@ -181,6 +185,9 @@ class LlmParameters(Strict):
     downscale_delay_s: Seconds = Field(600, description="load must stay low for so long before replicas are removed")
     downscale_to_zero_delay_s: Seconds | None = Field(
         None, description="the same for the last replica; `downscale_delay_s` where nothing is said"
+    )
+    scaling_policy: ScalingPolicy | None = Field(
+        None, description="what the model's replicas go by instead: requests that wait, times of the week"
     )
     ingress_min_replicas: StrictInt | None = Field(
         None, ge=0, description="ingress replicas, at least; `min_replicas` where nothing is said"
@@ -270,6 +277,7 @@ class LlmParameters(Strict):
             raise ValueError(f"num_replicas is for an app that does not scale: take out {' and '.join(both)}")
         _check_order("min_replicas", self.min_replicas, "max_replicas", self.max_replicas)
         _check_order("ingress_min_replicas", self.ingress_min, "ingress_max_replicas", self.ingress_max)
+        check_policy(self.scaling_policy, self.max_replicas)
         if self.initial_replicas is not None:
             _check_order("min_replicas", self.min_replicas, "initial_replicas", self.initial_replicas)
             _check_order("initial_replicas", self.initial_replicas, "max_replicas", self.max_replicas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from serve_apps.llm.parameters import LlmParameters
-from serve_apps.replicas import LOOKED_AFTER, RAY_2_60
+from serve_apps.replicas import LOOKED_AFTER, POLICY, RAY_2_60, policy
 from serve_apps.template import RayNeed, ReplicaDemand
 
 PARAMETERS = LlmParameters
@@ -36,7 +36,7 @@ def model_source(parameters: LlmParameters) -> dict[str, Any]:
 
 def ray_needs(parameters: LlmParameters) -> list[RayNeed]:
     """What older Rays would refuse."""
-    return [RayNeed(name, "2.60.0") for name in RAY_2_60 if getattr(parameters, name) is not None]
+    return [RayNeed(name, "2.60.0") for name in (*RAY_2_60, POLICY) if getattr(parameters, name) is not None]
 
 
 def demand(parameters: LlmParameters) -> ReplicaDemand:
@@ -71,30 +71,31 @@ def render(
     the engine is stands there, and how many replicas run and how they are looked after stands under
     `deployments`, where a change is applied to the running ones.
     """
-    environment = _environment(parameters, accelerator, cache_path)
+    env_vars = environment(parameters, accelerator, cache_path)
     app: dict[str, Any] = {
         "name": name,
         "route_prefix": route_prefix,
         "import_path": IMPORT_PATH,
         # For the task that builds the app and for the ingress; the engine gets the same through its config.
-        "runtime_env": {"env_vars": environment},
-        "args": {"llm_configs": [_llm_config(parameters, accelerator, model_path, environment)]},
-        "deployments": [_server(parameters)] + ([] if direct_streaming else [_ingress(parameters)]),
+        "runtime_env": {"env_vars": env_vars},
+        "args": {"llm_configs": [llm_config(parameters, accelerator, model_path, env_vars)]},
+        "deployments": [server(parameters)] + ([] if direct_streaming else [ingress(parameters)]),
     }
     if parameters.logging_config is not None:
         app["logging_config"] = parameters.logging_config.model_dump(mode="json")
     return app
 
 
-def _llm_config(
-    parameters: LlmParameters, accelerator: str, model_path: str, environment: dict[str, str]
+def llm_config(
+    parameters: LlmParameters, accelerator: str, model_path: str, env_vars: dict[str, str]
 ) -> dict[str, Any]:
+    """Ray LLM's LLMConfig of the model: what the engine is, and where its workers go."""
     config: dict[str, Any] = {
         "model_loading_config": {"model_id": parameters.model_id, "model_source": model_path},
         "engine_kwargs": _engine_kwargs(parameters, accelerator),
         "placement_group_config": _placement(parameters, accelerator),
         "deployment_config": {"ray_actor_options": {"num_cpus": _actor_cpus(parameters, accelerator)}},
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": env_vars},
     }
     if accelerator == "cpu":
         config["accelerator_config"] = {"kind": "cpu"}
@@ -145,25 +146,26 @@ def _actor_cpus(parameters: LlmParameters, accelerator: str) -> float:
     return 0 if accelerator == "cpu" else parameters.cpus_per_replica or 1
 
 
-def _environment(parameters: LlmParameters, accelerator: str, cache_path: str | None) -> dict[str, str]:
+def environment(parameters: LlmParameters, accelerator: str, cache_path: str | None) -> dict[str, str]:
+    """The environment of the app's tasks and replicas, its engine included."""
     # The weights lie on the host: nothing is to be looked up outside.
-    environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    found = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if cache_path is not None:
         # vLLM puts its own and Inductor's below the first; the others are for what compiles before or beside it,
         # and would go with the node's scratch folder.
-        environment["VLLM_CACHE_ROOT"] = f"{cache_path}/vllm"
-        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache_path}/inductor"
-        environment["TRITON_CACHE_DIR"] = f"{cache_path}/triton"
+        found["VLLM_CACHE_ROOT"] = f"{cache_path}/vllm"
+        found["TORCHINDUCTOR_CACHE_DIR"] = f"{cache_path}/inductor"
+        found["TRITON_CACHE_DIR"] = f"{cache_path}/triton"
         if accelerator == "cuda":
-            environment["FLASHINFER_WORKSPACE_BASE"] = f"{cache_path}/flashinfer"
+            found["FLASHINFER_WORKSPACE_BASE"] = f"{cache_path}/flashinfer"
     if accelerator == "cpu":
-        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        found["VLLM_CPU_KVCACHE_SPACE"] = "1"
         # Left alone, every engine of a host binds itself to the same first cores.
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        environment["OMP_NUM_THREADS"] = str(max(1, int(parameters.cpus_per_replica or 1)))
+        found["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        found["OMP_NUM_THREADS"] = str(max(1, int(parameters.cpus_per_replica or 1)))
     if parameters.gpu_fraction is not None:
-        environment["VLLM_RAY_PER_WORKER_GPUS"] = f"{parameters.gpu_fraction:g}"
-    return {**environment, **_timeouts(parameters), **parameters.environment}
+        found["VLLM_RAY_PER_WORKER_GPUS"] = f"{parameters.gpu_fraction:g}"
+    return {**found, **_timeouts(parameters), **parameters.environment}
 
 
 def _timeouts(parameters: LlmParameters) -> dict[str, str]:
@@ -204,22 +206,25 @@ def _rollout(parameters: LlmParameters) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _server(parameters: LlmParameters) -> dict[str, Any]:
-    server: dict[str, Any] = {
+def server(parameters: LlmParameters) -> dict[str, Any]:
+    """The entry of `deployments` for the model's replicas."""
+    entry: dict[str, Any] = {
         "name": deployment_name(parameters.model_id, parameters.server_class),
         **_replicas(parameters, parameters.min_replicas, parameters.max_replicas),
         **{name: getattr(parameters, name) for name in LOOKED_AFTER},
         **_rollout(parameters),
     }
+    if parameters.scaling_policy is not None:
+        entry["autoscaling_config"].update(policy(parameters.scaling_policy))
     if parameters.user_config:
-        server["user_config"] = parameters.user_config
-    return server
+        entry["user_config"] = parameters.user_config
+    return entry
 
 
-def _ingress(parameters: LlmParameters) -> dict[str, Any]:
-    """One ingress replica per model replica, scaled by the same load: Ray LLM's default is one for all,
-    whose host would take the whole app along. Its requests last as long as the model's, so it gets as long
-    to end them."""
+def ingress(parameters: LlmParameters) -> dict[str, Any]:
+    """The entry for the ingress: one replica of it per model replica, scaled by the same load. Ray LLM's default is
+    one for all, whose host would take the whole app along. Its requests last as long as the model's, so it gets as
+    long to end them."""
     return {
         "name": INGRESS,
         **_replicas(parameters, parameters.ingress_min, parameters.ingress_max),

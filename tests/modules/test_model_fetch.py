@@ -176,6 +176,17 @@ def test_what_is_chosen_of_a_repository(names: list[str], asked: Json, gets: set
     assert set(program.chosen(names, model(Path("/m"), **asked))) == gets
 
 
+def test_an_adapter_is_looked_at_when_it_has_come(newest: str, hub: Hub, models: Path) -> None:
+    files = {"adapter_config.json": b'{"r": 32}', "adapter_model.safetensors": b"weights"}
+    hub.repository("org/sql").push(files)
+    sql = model(models / "sql", id="chat:sql", hub="org/sql", max_rank=16)
+    # Nobody knows its rank before.
+    assert put(newest, hub, sql, check=True)["changed"]
+    assert "chat:sql: its rank is 32" in put(newest, hub, sql)["msg"]
+    assert contents(models / "sql") == files
+    assert not put(newest, hub, {**sql, "max_rank": 32})["changed"]
+
+
 # ------------------------------------------------------------------ fetched
 
 

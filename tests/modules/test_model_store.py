@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -158,6 +159,35 @@ def test_weights_that_rays_user_may_not_read(tmp_path: Path, monkeypatch: pytest
     # Root may read everything, so what the system would say to Ray's user is said for it.
     monkeypatch.setattr(store.os, "access", lambda path, _mode: not path.endswith(".safetensors"))
     assert "may not read model.safetensors" in store.folder_problems(str(model))
+
+
+def adapter(path: Path, config: Any, max_rank: int = 16) -> Json:
+    folder(path, "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return {**given(path, "tiny:sql"), "max_rank": max_rank}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"r": 16}, None),
+        ({"r": 8, "rank_pattern": {"q_proj": 16}}, None),
+        ({"r": 17}, "model tiny:sql: its rank is 17"),
+        ({"r": 8, "rank_pattern": {"q_proj": 32}}, "and the engine takes 16: raise max_lora_rank"),
+        ({"lora_alpha": 8}, "says no rank"),
+        ({"r": "many"}, "says no rank"),
+        ("no JSON", "says no rank"),
+    ],
+)
+def test_an_adapter_that_the_engine_would_refuse(maker: str, tmp_path: Path, config: Any, problem: str | None) -> None:
+    result = run(maker, adapter(tmp_path / "sql", config))
+    assert problem in result["msg"] if problem else not result["changed"]
+
+
+def test_a_model_is_no_adapter_and_an_adapter_no_model(maker: str, tmp_path: Path) -> None:
+    model, sql = folder(tmp_path / "model", "config.json", "model.safetensors"), adapter(tmp_path / "sql", {"r": 8})
+    assert "has no adapter_config.json" in run(maker, {**given(model), "max_rank": 16})["msg"]
+    assert "has no config.json" in run(maker, given(Path(sql["path"])))["msg"]
 
 
 def test_a_folder_is_read_in_place(maker: str, tmp_path: Path) -> None:

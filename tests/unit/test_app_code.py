@@ -176,6 +176,20 @@ def test_the_kits_own_code_is_what_runs_in_replicas() -> None:
     ]
 
 
+def test_the_kits_code_and_the_sites_go_along_in_one(shop: Path) -> None:
+    """Where a template calls what the site wrote."""
+    wanted = AppCode(template="async_tasks", folder=str(shop), module="main")
+    both = app_code.read(wanted, [])
+    held = names(app_code.archive(both))
+    assert {"app/main.py", "app/parts/words.py", "app/serve_apps/async_tasks/app.py"} <= set(held)
+    (shop / "main.py").write_text("changed\n")
+    assert app_code.read(wanted, []).digest != both.digest
+    (shop / "serve_apps").mkdir()
+    (shop / "serve_apps/own.py").write_text("")
+    with pytest.raises(UsageError, match="serve_apps is the package of the kit's own code"):
+        app_code.read(wanted, [])
+
+
 @pytest.mark.parametrize(
     "template", [path.parent.name for path in sorted((workspace.ROOT / "serve_apps").glob("*/app.py"))]
 )

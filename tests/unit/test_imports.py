@@ -27,12 +27,15 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"clusterkit.cli"}),
     frozenset({"clusterkit.__main__"}),
 )
+IN_REPLICAS = (
+    *(f"{name}.app" for name in ("embeddings", "pipeline", "vision", "async_tasks", "llm_router", "llm_lora")),
+)
 # What only some may import, whatever they need it for.
 OWNERS = {
     "ansible_runner": ("clusterkit.runner",),
     "ansible": (),
     # Of a template, what runs in replicas.
-    "ray": ("clusterkit.node_provider", "serve_apps.embeddings.app", "serve_apps.pipeline.app"),
+    "ray": ("clusterkit.node_provider", *(f"serve_apps.{name}" for name in IN_REPLICAS)),
     "sushy": ("clusterkit.fleet.power",),
     "docker": ("clusterkit.lab",),
     "typer": ("clusterkit.cli",),

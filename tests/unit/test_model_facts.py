@@ -39,6 +39,7 @@ def test_what_a_host_is_told_of_a_repository() -> None:
         **HUB,
         "allow_patterns": [],
         "ignore_patterns": [],
+        "max_rank": None,
         "path": f"{MODELS}/org--name--0123456789ab",
     }
     assert hosts["w1"]["models"] == [{**told, "weights": True}]
