@@ -139,6 +139,10 @@ def _no_needs(_: BaseModel) -> list[RayNeed]:
     return []
 
 
+def _no_names(_: BaseModel) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Template:
     """One folder of `serve_apps`."""
@@ -151,6 +155,8 @@ class Template:
     openai_api: bool
     code: Callable[..., AppCode | None] = _no_code
     ray_needs: Callable[..., list[RayNeed]] = _no_needs
+    # Parameters that are obeyed by an ingress only.
+    needs_ingress: Callable[..., list[str]] = _no_names
     # Whether `render` takes direct_streaming: true where requests go to replicas without an ingress of the app's.
     direct_streaming: bool = False
     # Whether `render` takes gpu_memory_gib, what a GPU of the pool has.
@@ -203,6 +209,7 @@ def load(name: str) -> Template:
         openai_api=module.OPENAI_API,
         code=getattr(module, "code", _no_code),
         ray_needs=getattr(module, "ray_needs", _no_needs),
+        needs_ingress=getattr(module, "needs_ingress", _no_names),
         direct_streaming=getattr(module, "DIRECT_STREAMING", False),
         gpu_memory=getattr(module, "GPU_MEMORY", False),
     )

@@ -133,6 +133,9 @@ def app_findings(
                 if name.startswith("ingress_"):
                     problem = "with clusterkit_serve.direct_streaming the app has no ingress of its own"
                     yield _about(index, name, problem, "take it out", value)
+            for name in app.template.needs_ingress(asked):
+                problem = "needs an ingress of the app's own, and clusterkit_serve.direct_streaming leaves it none"
+                yield _about(index, name, problem, "choose another, or set direct_streaming: false", value)
         for path, part in parts(asked):
             grace, longest = getattr(part, GRACE, None), serve.request_timeout_s
             # Where the inventory says nothing, it is rendered as long as it has to be.

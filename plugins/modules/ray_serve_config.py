@@ -250,7 +250,7 @@ FIXED = ("proxy_location", "http_options", "grpc_options")
 LIGHT = frozenset(
     "num_replicas autoscaling_config user_config max_ongoing_requests graceful_shutdown_timeout_s "
     "graceful_shutdown_wait_loop_s health_check_period_s health_check_timeout_s max_queued_requests "
-    "logging_config".split()
+    "logging_config request_router_config".split()
 )
 TRACEBACK_LINE = re.compile(r"\s|Traceback |ray::|ray\.exceptions\.RayTaskError|RuntimeError: Traceback ")
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE")

@@ -78,13 +78,13 @@ for name, router in (("ray", PrefixCacheAffinityRouter), ("kit", PrefixRouter)):
     serve.delete(name)
 
 # A hot beginning: with Ray's own threshold it has one replica for itself, with the kit's the load decides.
-for name, kwargs in (("hot, no limit", {}), ("hot", {"imbalanced_threshold": 2})):
-    handle = start("hot", PrefixRouter, **kwargs)
+for name, kwargs in (("no limit", {}), ("limit", {"imbalanced_threshold": 2})):
+    handle = start(name.replace(" ", "-"), PrefixRouter, **kwargs)
     ask(handle, prompt="the same beginning")
     asked = types.SimpleNamespace(prompt="the same beginning")
     answers = [handle.remote(asked, 1.0) for _ in range(8)]
     found[name] = len({answer.result(timeout_s=30) for answer in answers})
-    serve.delete("hot")
+    serve.delete(name.replace(" ", "-"))
 
 handle = start("statistics", StatisticsRouter, max_kv_cache_usage=0.9, max_waiting=0)
 def spread(number, hold_s=0.0):
@@ -239,7 +239,7 @@ def test_the_routers(engine: Path, tmp_path: Path) -> None:
     assert "TimeoutError" not in found["kit"]["answers"].values()
     assert len(set(found["kit"]["answers"].values())) <= 2
     assert found["kit"]["same"]
-    assert (found["hot, no limit"], found["hot"]) == (1, 2)
+    assert (found["no limit"], found["limit"]) == (1, 2)
     assert found["statistics"] == {
         "all": 2,
         "passes over the full one": True,

@@ -222,6 +222,11 @@ def pin_to_a_gpu(app: Json) -> None:
     app["deployments"] = [{"name": "LLMServer:tiny-llama", "ray_actor_options": {"num_gpus": 1}}]
 
 
+def ask_replicas_more_often(app: Json) -> None:
+    router = {"request_routing_stats_period_s": 1}
+    app["deployments"] = [{"name": "LLMServer:tiny-llama", "request_router_config": router}]
+
+
 def give_another_model(app: Json) -> None:
     app["args"]["llm_configs"][0]["model_loading_config"]["model_id"] = "other"
 
@@ -237,6 +242,11 @@ def move(app: Json) -> None:
         # Serve counts the list of the deployments' policies as code, and this makes it longer.
         (scale_automatically, "deployments.LLMServer:tiny-llama.autoscaling_config.max_replicas", True),
         (pin_to_a_gpu, "deployments.LLMServer:tiny-llama.ray_actor_options.num_gpus", True),
+        (
+            ask_replicas_more_often,
+            "deployments.LLMServer:tiny-llama.request_router_config.request_routing_stats_period_s",
+            False,
+        ),
         (give_another_model, "args.llm_configs.0.model_loading_config.model_id", True),
         (move, "route_prefix", False),
     ],

@@ -147,6 +147,11 @@ def test_an_older_ray_is_refused_with_the_rows_that_can() -> None:
             "no ingress of its own",
         ),
         (
+            serve({**app(routing={"policy": "prefix"}), "template": "llm_router"}, **DIRECT),
+            "clusterkit_apps[0].parameters.routing.policy",
+            "leaves it none",
+        ),
+        (
             serve(app(graceful_shutdown_timeout_s=600), request_timeout_s=601),
             "clusterkit_apps[0].parameters.graceful_shutdown_timeout_s",
             "is 600, and a request may take 601 s",
