@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from bench import ray_up
 from bench.common import BIN, clusterkit, run, table
@@ -40,20 +39,23 @@ def alive():
 
 before, asked = alive(), time.time()
 task = work.remote()
-while alive() <= before:
+while alive() <= before and time.time() < asked + %d:
     time.sleep(0.05)
 joined = time.time()
-print(json.dumps({"joined": joined - asked, "ran": ray.get(task) - asked}))
+came = alive() > before
+print(json.dumps({"joined": joined - asked, "ran": ray.get(task) - asked} if came else {}))
 """
+# No boot of the lab takes so long.
+PATIENCE_S = 180
 
 
 def main() -> None:
-    rows = [*ours(), rival()]
-    table(
-        f"Seconds from a task without a place to its run, and back (idle_timeout {IDLE_S} s on both)",
-        ["what", "of it boot", "node alive", "task runs", "idle node stopped", "host off"],
-        rows,
-    )
+    title = f"Seconds from a task without a place to its run, and back (idle_timeout {IDLE_S} s on both)"
+    heads = ["what", "of it boot", "node alive", "task runs", "idle node stopped", "host off"]
+    rows = ours()
+    # Now, too: what comes next may fail.
+    table(title, heads, rows)
+    table(title, heads, [*rows, rival()])
 
 
 def ours() -> list[list[object]]:
@@ -84,7 +86,7 @@ def measured(site: ScaledSite, what: str) -> list[object]:
     container = site.lab.container("head").id
     inside = 'exec docker exec "$(docker ps -q --filter name=clusterkit)" python3 -c "$0"'
     with subprocess.Popen(
-        ["docker", "exec", container, "sh", "-c", inside, DEMAND], stdout=subprocess.PIPE, text=True
+        ["docker", "exec", container, "sh", "-c", inside, DEMAND % PATIENCE_S], stdout=subprocess.PIPE, text=True
     ) as driver:
         booting = 0.0
         began = last = time.monotonic()
@@ -119,13 +121,18 @@ def rival() -> list[object]:
             run(str(BIN / "ansible-playbook"), "site.yml", "-i", str(inventory), "--tags", "baseline,ray_env")
             ray_up.ad_hoc(inventory, "ansible.builtin.apt", "name=rsync state=present")
             with ray_up.started(Path(folder), inventory, row.ray, minimum=0, maximum=1, idle_minutes=IDLE_S / 60):
-                took = json.loads(ray_up.on_head(inventory, DEMAND).splitlines()[-1])
+                said = ray_up.on_head(inventory, DEMAND % PATIENCE_S).splitlines()
+                took = json.loads(next(line for line in said if line.startswith("{")))
+                if not took:
+                    # Its node type has no resources before a host of it has come (seen with ray 2.60.0: "could not
+                    # find a node type to satisfy the request").
+                    return ["ray up (local), host on", "", f"not in {PATIENCE_S} s", "", "", "never"]
                 ended = time.monotonic()
                 while ray_up.alive(inventory) > 1:
                     if time.monotonic() - ended > 300:
                         raise SystemExit("ray up: the idle worker never went")
                     time.sleep(0.5)
-                stopped: Any = f"{time.monotonic() - ended:.1f}"
+                stopped = f"{time.monotonic() - ended:.1f}"
         finally:
             clusterkit("lab", "down", *words)
     return ["ray up (local), host on", "", f"{took['joined']:.1f}", f"{took['ran']:.1f}", stopped, "never"]
