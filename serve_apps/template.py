@@ -88,6 +88,11 @@ def parts(parameters: BaseModel, path: tuple[str | int, ...] = ()) -> Iterator[t
                     yield from parts(item, (*path, name, index))
 
 
+def model_arguments(paths: Mapping[str, str]) -> dict[str, Any]:
+    """How `render` is given where the models lie, by what each is for."""
+    return {"model_path": paths.get(ONLY_MODEL, "")} if paths.keys() <= {ONLY_MODEL} else {"model_paths": paths}
+
+
 def offline(env_vars: Mapping[str, str]) -> dict[str, str]:
     """An app's environment: the weights lie on the host, so nothing is to be looked up outside."""
     return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **env_vars}

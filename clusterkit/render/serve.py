@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from clusterkit.render.scaling import scaled
 from clusterkit.spec.cluster import App, ClusterSpec
 from clusterkit.spec.ingress import GRACE
-from serve_apps.template import ONLY_MODEL
+from serve_apps.template import model_arguments
 
 
 def serve_config(spec: ClusterSpec) -> dict[str, Any]:
@@ -38,7 +38,6 @@ def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
     cache = spec.engine_cache(app)
     pool = spec.pools[app.pool].facts
     paths = {role: model.path for role, model in app.models.items()}
-    only = paths.keys() <= {ONLY_MODEL}
     code = {"code_uri": spec.code_uri(app.code)} if app.template.code(app.parameters) else {}
     entry = app.template.render(
         name=app.name,
@@ -46,7 +45,7 @@ def _application(spec: ClusterSpec, app: App) -> dict[str, Any]:
         parameters=_parameters(spec, app),
         accelerator=pool.accelerator,
         cache_path=f"{spec.engine_caches}/{cache}" if cache else None,
-        **({"model_path": paths.get(ONLY_MODEL, "")} if only else {"model_paths": paths}),
+        **model_arguments(paths),
         **({"gpu_memory_gib": pool.gpu_memory_gib} if app.template.gpu_memory else {}),
         **code,
         **({"direct_streaming": True} if spec.facts.serve.direct_streaming and app.template.direct_streaming else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -13,7 +13,7 @@ from clusterkit.spec.ingress import lacks, rows_since
 from clusterkit.spec.raw import Path, RawValue
 from clusterkit.spec.stacks import Stack
 from serve_apps import template as templates
-from serve_apps.template import ONLY_MODEL, Template, parts
+from serve_apps.template import Template, model_arguments, parts
 
 if TYPE_CHECKING:
     from clusterkit.spec.cluster import App, Pool
@@ -44,15 +44,11 @@ def bounds(template: Template, parameters: BaseModel, pool: PoolFacts) -> dict[s
         parameters=parameters,
         accelerator=pool.accelerator,
         cache_path=None,
-        **_models(template.model_sources(parameters)),
+        **model_arguments(dict.fromkeys(template.model_sources(parameters), "")),
         **({"gpu_memory_gib": pool.gpu_memory_gib} if template.gpu_memory else {}),
         **({"code_uri": ""} if template.code(parameters) else {}),
     )
     return {item["name"]: _bounds(item.get("autoscaling_config")) for item in entry["deployments"]}
-
-
-def _models(sources: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model_path": ""} if sources.keys() <= {ONLY_MODEL} else {"model_paths": dict.fromkeys(sources, "")}
 
 
 def _bounds(scaling: Mapping[str, int] | None) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from serve_apps.llm.parameters import LlmParameters
 from serve_apps.replicas import LOOKED_AFTER, POLICY, RAY_2_60, policy
-from serve_apps.template import RayNeed, ReplicaDemand
+from serve_apps.template import RayNeed, ReplicaDemand, entry, offline
 
 PARAMETERS = LlmParameters
 OPENAI_API = True
@@ -62,6 +62,7 @@ def render(
     accelerator: Literal["rocm", "cuda", "cpu"],
     model_path: str,
     cache_path: str | None = None,
+    code_uri: str | None = None,
     direct_streaming: bool = False,
 ) -> dict[str, Any]:
     """One entry of `applications`; `cache_path` is where the engine keeps what it compiles, on every host. With
@@ -72,18 +73,17 @@ def render(
     `deployments`, where a change is applied to the running ones.
     """
     env_vars = environment(parameters, accelerator, cache_path)
-    app: dict[str, Any] = {
-        "name": name,
-        "route_prefix": route_prefix,
-        "import_path": IMPORT_PATH,
+    return entry(
+        name=name,
+        route_prefix=route_prefix,
+        import_path=IMPORT_PATH,
         # For the task that builds the app and for the ingress; the engine gets the same through its config.
-        "runtime_env": {"env_vars": env_vars},
-        "args": {"llm_configs": [llm_config(parameters, accelerator, model_path, env_vars)]},
-        "deployments": [server(parameters)] + ([] if direct_streaming else [ingress(parameters)]),
-    }
-    if parameters.logging_config is not None:
-        app["logging_config"] = parameters.logging_config.model_dump(mode="json")
-    return app
+        env_vars=env_vars,
+        code_uri=code_uri,
+        args={"llm_configs": [llm_config(parameters, accelerator, model_path, env_vars)]},
+        deployments=[server(parameters)] + ([] if direct_streaming else [ingress(parameters)]),
+        logging_config=parameters.logging_config,
+    )
 
 
 def llm_config(
@@ -148,8 +148,7 @@ def _actor_cpus(parameters: LlmParameters, accelerator: str) -> float:
 
 def environment(parameters: LlmParameters, accelerator: str, cache_path: str | None) -> dict[str, str]:
     """The environment of the app's tasks and replicas, its engine included."""
-    # The weights lie on the host: nothing is to be looked up outside.
-    found = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    found = offline({})
     if cache_path is not None:
         # vLLM puts its own and Inductor's below the first; the others are for what compiles before or beside it,
         # and would go with the node's scratch folder.
@@ -208,17 +207,17 @@ def _rollout(parameters: LlmParameters) -> dict[str, Any]:
 
 def server(parameters: LlmParameters) -> dict[str, Any]:
     """The entry of `deployments` for the model's replicas."""
-    entry: dict[str, Any] = {
+    found: dict[str, Any] = {
         "name": deployment_name(parameters.model_id, parameters.server_class),
         **_replicas(parameters, parameters.min_replicas, parameters.max_replicas),
         **{name: getattr(parameters, name) for name in LOOKED_AFTER},
         **_rollout(parameters),
     }
     if parameters.scaling_policy is not None:
-        entry["autoscaling_config"].update(policy(parameters.scaling_policy))
+        found["autoscaling_config"].update(policy(parameters.scaling_policy))
     if parameters.user_config:
-        entry["user_config"] = parameters.user_config
-    return entry
+        found["user_config"] = parameters.user_config
+    return found
 
 
 def ingress(parameters: LlmParameters) -> dict[str, Any]:

@@ -67,12 +67,12 @@ def render(
         accelerator=accelerator,
         model_path=paths[ONLY_MODEL],
         cache_path=cache_path,
+        code_uri=code_uri,
     )
-    if code_uri is not None:
-        app["runtime_env"]["working_dir"] = code_uri
-    # The adapters are the ingress's to know, and in direct streaming there is none.
-    app["runtime_env"]["env_vars"]["RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING"] = "0"
     (config,) = app["args"]["llm_configs"]
+    # The adapters are the ingress's to know, and in direct streaming there is none.
+    for each in (app["runtime_env"], config["runtime_env"]):
+        each["env_vars"]["RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING"] = "0"
     config["server_cls"] = SERVER_CLASS
     # Without a path, of which Ray takes only those of clouds.
     config["lora_config"] = {"max_num_adapters_per_replica": parameters.max_num_adapters_per_replica}

@@ -75,10 +75,9 @@ def render(
         accelerator=accelerator,
         model_path=model_path,
         cache_path=cache_path,
+        code_uri=code_uri,
         direct_streaming=direct_streaming,
     )
-    if code_uri is not None:
-        app["runtime_env"]["working_dir"] = code_uri
     server, *ingresses = app["deployments"]
     if isinstance(routing, Statistics):
         server["request_router_config"] = {
